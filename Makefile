@@ -1,0 +1,44 @@
+# make benchmark   the digits benchmark, from nothing to a table
+# make test        the tests
+# make lint docs   what CI runs besides
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV := $(shell command -v uv 2>/dev/null)
+
+.PHONY: benchmark test lint docs format clean
+
+benchmark: $(READY)
+	$(BIN)/pood benchmark digits
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
+	@echo "Open docs/_build/index.html"
+
+# torch and torchvision come from one index in one step, so that they match
+$(READY): pyproject.toml
+ifdef UV
+	test -x $(BIN)/python || $(UV) venv --python $(PYTHON) $(VENV)
+	$(UV) pip install --python $(BIN)/python -e '.[dev]'
+else
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[dev]'
+endif
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) docs/_build results .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
