@@ -1,0 +1,728 @@
+"""
+GROOD scores an input by a gradient that needs no backward pass: the derivative of a
+nearest-class-prototype loss with respect to an artificial *OOD prototype*, a point in feature
+space that stands for everything unknown. Training samples pull this point in a few typical ways;
+inputs that pull differently are outliers.
+
+Where to take the OOD prototype from
+------------------------------------
+
+=======================  ==========================  ===========================================
+Source                   Needs                       Use it when
+=======================  ==========================  ===========================================
+``"outliers"``           samples with label < 0      example outliers are at hand; the default
+                                                     of the released code
+``"mixup"``              ID features, two classes    only ID data are at hand; mixes at the
+                                                     penultimate layer
+``"mean"``               ID features                 a parameter-free reference
+:func:`mixup_prototype`  ID images, a split network  the paper's synthetic samples: mix-up at an
+                                                     early layer
+:func:`noise_prototype`  the image shape             no data but the fitted ones may be used
+any tensor of shape D    nothing                     the prototype comes from elsewhere
+=======================  ==========================  ===========================================
+
+A prototype made of outliers has seen their kind. Do not compare its scores on that kind of data
+with those of detectors that have seen none.
+
+Paper and released code
+-----------------------
+
+They agree on the gradient and on the nearest-neighbor score. Where they differ, this
+implementation does the following:
+
+- The gradient is the closed form of the derivative, identical to automatic differentiation up to
+  rounding. The pseudo-label of the loss cancels out.
+- The search is exact. The released code uses an approximate index.
+- The score is the plain distance; the released code negates its square. The ranking is the same.
+- The bank holds the training samples that the classifier gets right, as in the released code; the
+  paper's algorithm states no such filter.
+- ``temperature`` is an addition. With 1, the default, the method is that of the paper.
+- ``mixup`` and :func:`mixup_prototype` weight the sample by 0.5, as the released code does; the
+  paper leaves its :math:`\\lambda` open in the parts we know.
+
+..  autoclass:: pood_plugins.detector.GROOD
+    :members:
+    :inherited-members:
+    :show-inheritance:
+
+..  autofunction:: pood_plugins.detector.grood_gradients
+
+..  autofunction:: pood_plugins.detector.mixup_prototype
+
+..  autofunction:: pood_plugins.detector.noise_prototype
+"""
+
+import logging
+import math
+import warnings
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from pytorch_ood.api import (
+    DetectorInfo,
+    FeaturesDetector,
+    ModelNotSetException,
+    Paper,
+    RequiresFittingException,
+    Task,
+)
+from pytorch_ood.utils.utils import _check_fraction
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.data import DataLoader
+from typing_extensions import Self
+
+from ..neighbors import kth_distance
+
+log = logging.getLogger(__name__)
+
+_SOURCES = ("auto", "outliers", "mixup", "mean")
+
+
+def grood_gradients(
+    z: Tensor, prototypes: Tensor, ood_prototype: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """
+    Gradients of the nearest-class-prototype loss with respect to the OOD prototype :math:`o`.
+
+    The loss is the cross-entropy of the logits :math:`-d / T` against any ID class, where
+    :math:`d` are the Euclidean distances of the feature :math:`z` to the class prototypes and to
+    :math:`o`. Its gradient is
+
+    .. math:: g(z) = p_o(z) \\, \\frac{z - o}{\\lVert z - o \\rVert_2}
+
+    with the probability :math:`p_o` that the softmax assigns to the OOD prototype. The constant
+    factor :math:`1 / T` is left out: it changes no ranking, and without it
+    :math:`\\lVert g \\rVert = p_o` for every temperature. Where :math:`z = o`, the gradient is
+    zero. All is computed in float64, so that a probability of 1e-30 is not lost.
+
+    :see Paper: `GROOD, equation 5 <https://arxiv.org/abs/2312.14427>`__
+
+    :param z: features of shape :math:`B \\times D`
+    :param prototypes: class prototypes of shape :math:`C \\times D`
+    :param ood_prototype: OOD prototype of shape :math:`D`
+    :param temperature: :math:`T > 0`, in units of the feature distance
+    :return: gradients of shape :math:`B \\times D`, float64 if ``z`` is float64, otherwise float32
+    """
+    points = torch.cat([prototypes, ood_prototype[None]]).double()
+    # by differences: the expansion of the square would cost the digits that the softmax needs
+    distances = torch.cdist(z.double(), points, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.amin(dim=1, keepdim=True)
+    # relative to the nearest, so that a tiny temperature does not overflow every logit
+    probability = ((nearest - distances) / temperature).softmax(dim=1)[:, -1:]
+    tiny = torch.finfo(torch.float64).tiny
+    direction = (z.double() - points[-1]) / distances[:, -1:].clamp(min=tiny)
+    gradients = probability * direction
+    return gradients if z.dtype == torch.float64 else gradients.float()
+
+
+class GROOD(FeaturesDetector):
+    """
+    Implements *GROOD: GRadient-aware Out-Of-Distribution detection*.
+
+    Fitting computes the class prototypes (the mean feature of each ID class), an OOD prototype
+    :math:`o`, and a bank with the gradients :math:`g` of the training samples (see
+    :func:`grood_gradients`). The outlier score of a feature :math:`z` is the distance of its
+    gradient to the :math:`k`-th nearest gradient of the bank:
+
+    .. math:: \\lVert g(z) - g_{(k)} \\rVert_2 \\quad \\text{with} \\quad g(z) = p_o(z) \\,
+        \\frac{z - o}{\\lVert z - o \\rVert_2}
+
+    where :math:`p_o(z)` is the softmax probability of the OOD prototype among all prototypes, with
+    the logits :math:`-\\lVert z - \\cdot \\rVert_2 / T`. Scores lie in :math:`[0, 2]`. The
+    released code negates (and squares) the distance; here, larger means more outlying.
+
+    Everything is a closed form of the penultimate features: no gradient is computed by
+    automatic differentiation, neither in fitting nor in scoring.
+
+    .. note:: Encoder and head are used in the mode they are in. Call ``model.eval()`` first.
+
+    .. rubric:: Examples
+
+    .. code-block:: python
+
+        model = WideResNet(num_classes=10).eval()
+        detector = GROOD(encoder=model.features, head=model.fc)
+        detector.fit(train_loader)
+        scores = detector(images)
+
+    With example outliers, labeled with a negative number, in the same loader:
+
+    .. code-block:: python
+
+        loader = DataLoader(ConcatDataset([train_set, outliers]), batch_size=128)
+        detector = GROOD(model.features, model.fc, ood_prototype="outliers").fit(loader)
+    """
+
+    #: Publication and tasks.
+    info = DetectorInfo(
+        paper=Paper(
+            title="GROOD: GRadient-aware Out-Of-Distribution detection",
+            venue="TMLR",
+            year=2025,
+            url="https://arxiv.org/abs/2312.14427",
+            code="https://github.com/mostafaelaraby/Gradient-Aware-OOD-Detection",
+        ),
+        tasks={Task.CLASSIFICATION},
+        ai_coded=True,
+    )
+
+    requires_fit = True
+
+    #: Default search space for :class:`pytorch_ood.utils.GridSearch`.
+    hyperparameter_space = {"k": [1, 10, 50], "temperature": [0.25, 0.5, 1.0, 2.0]}
+
+    def __init__(
+        self,
+        encoder: Optional[Callable[[Tensor], Tensor]],
+        head: Callable[[Tensor], Tensor],
+        *,
+        ood_prototype: Union[str, Tensor] = "auto",
+        n_synthetic: Union[int, float] = 1000,
+        mixup: float = 0.5,
+        k: int = 1,
+        temperature: float = 1.0,
+        bank_fraction: float = 1.0,
+        seed: int = 0,
+    ):
+        """
+        :param encoder: maps inputs to penultimate features of shape :math:`B \\times D`. Can be
+            ``None`` when using ``fit_features(...)`` and ``predict_features(...)`` directly.
+        :param head: maps features to logits of shape :math:`B \\times C`. Used in fitting only, to
+            find the correctly classified samples and the runner-up classes.
+        :param ood_prototype: source of the OOD prototype: ``"outliers"`` (mean feature of the
+            samples with label < 0), ``"mixup"`` (mean of synthetic features between a sample and
+            the prototype of its runner-up class), ``"mean"`` (mean of the class prototypes), a
+            tensor of shape :math:`D`, or ``"auto"``: outliers if the fitted data hold any, else
+            mix-up if there are two classes, else the mean.
+        :param n_synthetic: number of ID samples mixed for ``"mixup"``, as a count or a fraction;
+            if there are fewer, all are used. The released code uses 100, its sweep goes up to
+            1000.
+        :param mixup: weight of the sample in the mix, in :math:`[0, 1]`. Default is that of the
+            released code.
+        :param k: which neighbor in the bank the score is taken from; read when scoring. Paper and
+            code use 1.
+        :param temperature: temperature :math:`T` of the softmax, in units of the feature distance.
+            The paper has none, which is 1.
+        :param bank_fraction: fraction of the bank to keep, drawn at random. Memory and scoring
+            time are proportional to it.
+        :param seed: seed of the random draws for ``"mixup"`` and ``bank_fraction``
+        :raises ValueError: if an argument is out of range
+        """
+        self.encoder = encoder
+        self.head = head
+        self.ood_prototype = ood_prototype
+        self.n_synthetic = n_synthetic
+        self.mixup = mixup
+        self.k = k
+        self.temperature = temperature
+        self.bank_fraction = bank_fraction
+        self.seed = seed
+
+        #: class prototypes, of shape :math:`C \times D`
+        self.prototypes_: Optional[Tensor] = None
+        #: OOD prototype, of shape :math:`D`
+        self.ood_prototype_: Optional[Tensor] = None
+        #: gradients of the ID samples, of shape :math:`M \times D`
+        self.bank_: Optional[Tensor] = None
+        #: class ids of the prototypes, ascending
+        self.classes_: Optional[List[int]] = None
+        self._fitted_temperature: Optional[float] = None
+
+        self._check_hyperparameters()
+
+    def fit(self, data_loader: DataLoader) -> Self:
+        """
+        Extracts features and fits the detector. Unlike other detectors, samples with label < 0 are
+        kept: they are the example outliers of the source ``"outliers"``.
+
+        :param data_loader: loader yielding batches ``(x, y)`` of training data
+        :return: the fitted detector
+        :raises ModelNotSetException: if the detector has no encoder
+        :raises ValueError: as in :meth:`fit_features`
+        """
+        if self.encoder is None:
+            raise ModelNotSetException("fit() needs an encoder. Pass one, or use fit_features().")
+
+        device = self.device
+        if device is None:
+            device = torch.device("cpu")
+            log.warning(f"No device set. Will use '{device}'.")
+
+        features, labels = [], []
+        with torch.no_grad():
+            for x, y in data_loader:
+                features.append(self.encoder(x.to(device)).detach().flatten(1))
+                labels.append(y)
+        if not features:
+            raise ValueError("The data loader is empty. Pass one with ID training samples.")
+        return self.fit_features(torch.cat(features), torch.cat(labels))
+
+    @torch.no_grad()
+    def fit_features(self, z: Tensor, labels: Tensor, batch_size: int = 4096) -> Self:
+        """
+        Computes prototypes and bank from features. Warns of head columns without ID samples (these
+        classes get no prototype), of a bank without correctly classified samples, and of vanishing
+        gradients.
+
+        :param z: training features of shape :math:`N \\times D`
+        :param labels: class labels of shape :math:`N`; samples with label < 0 are example outliers
+        :param batch_size: number of samples processed at once; lower it to reduce peak memory
+        :return: the fitted detector
+        :raises ValueError: if the features are not finite or of the wrong shape, labels do not
+            match them or exceed the head's columns, there is no ID sample, the source of the OOD
+            prototype lacks data, or a hyper-parameter is out of range. The previous fit is kept.
+        """
+        self._check_hyperparameters()
+        _check_features(z, getattr(self.head, "in_features", None))
+        # labels steer shapes, so they live on the host, where loaders put them
+        labels = _check_labels(labels, z).cpu()
+        device = self.device or z.device
+        z = z.detach().to(device).float()
+
+        known = (labels >= 0).nonzero()[:, 0]
+        outliers = (labels < 0).nonzero()[:, 0].to(device)
+        if len(known) == 0:
+            raise ValueError("No ID samples (labels >= 0) to fit on. Pass ID training data.")
+        classes, position = labels[known].unique(return_inverse=True)
+
+        # columns that no ID sample has are masked, so that no class without prototype is chosen
+        columns = _logits(self.head, z[:1]).shape[1]
+        if int(classes[-1]) >= columns:
+            raise ValueError(
+                f"Label {int(classes[-1])} exceeds the {columns} columns of the head. Labels must "
+                "be class indices of this head; mark outliers with a negative label."
+            )
+        known, position = known.to(device), position.to(device)
+
+        prototypes = _class_means(z, known, position, len(classes), batch_size)
+        generator = torch.Generator().manual_seed(self.seed)
+        ood_prototype = self._make_ood_prototype(
+            z, known, outliers, prototypes, classes, generator, batch_size
+        )
+
+        flags = []
+        for rows, target in zip(known.split(batch_size), position.split(batch_size)):
+            correct = _logits(self.head, z[rows]).argmax(dim=1) == classes.to(device)[target]
+            gradients = grood_gradients(z[rows], prototypes, ood_prototype, self.temperature)
+            flags.append(torch.stack([correct, (gradients == 0).all(dim=1)]))
+        finite = torch.isfinite(z).all(dim=1)
+        prototype_finite = torch.isfinite(ood_prototype).all()[None]
+        # the only device-to-host read of a fit
+        packed = torch.cat([finite, prototype_finite, *torch.cat(flags, dim=1)]).cpu()
+        finite, prototype_finite, correct, vanished = packed.split(
+            [len(z), 1, len(known), len(known)]
+        )
+        _raise_if_not_finite(finite)
+        if not bool(prototype_finite):
+            raise ValueError(
+                "The OOD prototype contains NaN or infinite values. Compute it from finite "
+                "features."
+            )
+
+        bank = correct.nonzero()[:, 0]
+        if len(bank) == 0:
+            bank = torch.arange(len(known))
+            warnings.warn(
+                "The head classifies no training sample correctly. The bank holds all of them "
+                "instead. Check that encoder, head and labels belong together."
+            )
+        if self.bank_fraction < 1.0:
+            size = max(1, int(self.bank_fraction * len(bank)))
+            bank = bank[torch.randperm(len(bank), generator=generator)[:size]].sort().values
+        share = float(vanished[bank].float().mean())
+        if share > 0.01:
+            warnings.warn(
+                f"{share:.0%} of the bank have a gradient of norm 0, so their scores tie. Use a "
+                f"larger temperature than {self.temperature:g}, or smaller features."
+            )
+        if len(classes) < columns:
+            missing = sorted(set(range(columns)) - set(classes.tolist()))
+            warnings.warn(
+                f"No ID sample for {len(missing)} of the {columns} head columns "
+                f"({_shorten(missing)}). These classes get no prototype."
+            )
+
+        rows = known[bank.to(device)]
+        self.bank_ = torch.cat(
+            [
+                grood_gradients(z[chunk], prototypes, ood_prototype, self.temperature)
+                for chunk in rows.split(batch_size)
+            ]
+        )
+        self.prototypes_ = prototypes
+        self.ood_prototype_ = ood_prototype
+        self.classes_ = classes.tolist()
+        self._fitted_temperature = self.temperature
+        return self
+
+    def predict(self, x: Tensor) -> Tensor:
+        """
+        :param x: inputs, passed through the encoder as it is (call ``model.eval()`` before)
+        :return: outlier scores of shape :math:`B`, float32, on the detector's device
+        :raises ModelNotSetException: if the detector has no encoder
+        :raises RequiresFittingException: if the detector was not fitted
+        :raises ValueError: as in :meth:`predict_features`
+        """
+        if self.encoder is None:
+            raise ModelNotSetException(
+                "predict() needs an encoder. Pass one, or use predict_features()."
+            )
+        self._fitted_state()
+        device = self.device
+        with torch.no_grad():
+            z = self.encoder(x if device is None else x.to(device)).flatten(1)
+        return self.predict_features(z)
+
+    @torch.no_grad()
+    def predict_features(self, z: Tensor, batch_size: int = 1024) -> Tensor:
+        """
+        :param z: features of shape :math:`B \\times D`
+        :param batch_size: number of samples processed at once; lower it to reduce peak memory
+        :return: outlier scores of shape :math:`B`, float32, on the detector's device
+        :raises RequiresFittingException: if the detector was not fitted, or if ``temperature`` was
+            changed since
+        :raises ValueError: if the features are not finite or of the wrong shape, or ``k`` exceeds
+            the bank
+        """
+        prototypes, ood_prototype, bank = self._fitted_state()
+        self._check_hyperparameters()
+        _check_features(z, bank.shape[1])
+
+        def gradients(chunk: Tensor) -> Tensor:
+            return grood_gradients(chunk, prototypes, ood_prototype, self.temperature)
+
+        z = z.detach().to(bank.device).float()
+        k = _count("k", self.k, len(bank))
+        return kth_distance(z, bank, k, batch_size, transform=gradients)
+
+    def __repr__(self) -> str:
+        source = "tensor" if isinstance(self.ood_prototype, Tensor) else self.ood_prototype
+        return f"GROOD(ood_prototype={source}, k={self.k}, temperature={self.temperature})"
+
+    def _make_ood_prototype(
+        self,
+        z: Tensor,
+        known: Tensor,
+        outliers: Tensor,
+        prototypes: Tensor,
+        classes: Tensor,
+        generator: torch.Generator,
+        batch_size: int,
+    ) -> Tensor:
+        if isinstance(self.ood_prototype, Tensor):
+            if self.ood_prototype.shape[0] != z.shape[1]:
+                raise ValueError(
+                    f"The OOD prototype has {self.ood_prototype.shape[0]} entries, the features "
+                    f"have {z.shape[1]}. Compute it with the same encoder."
+                )
+            return self.ood_prototype.detach().to(z.device, torch.float32, copy=True)
+
+        source = self.ood_prototype
+        if source == "auto":
+            source = "outliers" if len(outliers) else "mixup" if len(classes) > 1 else "mean"
+        if source == "outliers":
+            if len(outliers) == 0:
+                raise ValueError(
+                    "ood_prototype='outliers' needs samples with label < 0 in the fitted data. "
+                    "Add some, or use 'mixup' or 'mean'."
+                )
+            return _class_means(z, outliers, torch.zeros_like(outliers), 1, batch_size)[0]
+        if source == "mean":
+            return prototypes.double().mean(dim=0).float()
+
+        _check_two_classes(len(classes))
+        size = min(_count("n_synthetic", self.n_synthetic, len(known)), len(known))
+        if size < len(known):
+            chosen = torch.randperm(len(known), generator=generator)[:size].sort().values
+            known = known[chosen.to(known.device)]
+        total = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
+        for rows in known.split(batch_size):
+            runner_up = _runner_up(_logits(self.head, z[rows]), classes)
+            mixed = self.mixup * z[rows] + (1 - self.mixup) * prototypes[runner_up]
+            total += mixed.double().sum(dim=0)
+        return (total / size).float()
+
+    def _fitted_state(self) -> Tuple[Tensor, Tensor, Tensor]:
+        if self.prototypes_ is None or self.ood_prototype_ is None or self.bank_ is None:
+            raise RequiresFittingException()
+        if self.temperature != self._fitted_temperature:
+            raise RequiresFittingException(
+                f"temperature was changed from {self._fitted_temperature} to {self.temperature} "
+                "after fitting, and the bank depends on it. Call fit() again."
+            )
+        return self.prototypes_, self.ood_prototype_, self.bank_
+
+    def _check_hyperparameters(self) -> None:
+        source = self.ood_prototype
+        if isinstance(source, Tensor):
+            if source.dim() != 1 or not source.is_floating_point():
+                raise ValueError(
+                    "An OOD prototype given as a tensor must be floating point and of shape D, "
+                    f"got {source.dtype} of shape {tuple(source.shape)}. "
+                    "Take the mean over the samples."
+                )
+        elif not isinstance(source, str) or source not in _SOURCES:
+            raise ValueError(
+                f"ood_prototype must be one of {', '.join(_SOURCES)} or a tensor, got {source!r}."
+            )
+        _check_fraction("mixup", self.mixup)
+        _check_fraction("bank_fraction", self.bank_fraction)
+        _count("n_synthetic", self.n_synthetic, 1)
+        _count("k", self.k, 1)
+        number = isinstance(self.temperature, (int, float))
+        if not number or not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be a finite number > 0, got {self.temperature!r}. "
+                "1.0 is the paper's method."
+            )
+
+
+@torch.no_grad()
+def mixup_prototype(
+    early: Callable[[Tensor], Tensor],
+    late: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+    data_loader: Iterable[Sequence[Tensor]],
+    weight: float = 0.5,
+    n: Union[int, float] = 1000,
+    seed: int = 0,
+) -> Tensor:
+    """
+    OOD prototype from synthetic samples, as in the paper: at an early layer, ID samples are mixed
+    with the early prototype (mean early feature) of their runner-up class and carried on through
+    the rest of the network. The prototype is the mean of the resulting penultimate features.
+
+    Two passes are made over the loader, the first for the prototypes. With fewer samples than
+    the loader has, a random subset of the positions in the loader is mixed, so ``seed`` makes
+    the result repeatable only for a loader that does not shuffle.
+
+    .. code-block:: python
+
+        split = split_model(model.eval(), early="layer3")
+        prototype = mixup_prototype(split.early, split.late, split.head, train_loader)
+        detector = GROOD(split.encoder, split.head, ood_prototype=prototype)
+
+    :see Paper: `GROOD, equations 7 and 8, section 5.2 <https://arxiv.org/abs/2312.14427>`__
+
+    :param early: maps inputs to early features of any shape :math:`B \\times \\dots`
+    :param late: maps early features to penultimate features of shape :math:`B \\times D`
+    :param head: maps penultimate features to logits; its second-largest logit names the runner-up
+        class, among the classes that occur in the loader
+    :param data_loader: yields batches ``(x, y)``; samples with label < 0 are ignored
+    :param weight: weight of the sample in the mix, in :math:`[0, 1]`; the prototype gets the rest
+    :param n: number of ID samples to mix, as a count or a fraction; if there are fewer, all are
+        used
+    :param seed: seed of the choice among them
+    :return: OOD prototype of shape :math:`D`, float32
+    :raises ValueError: if there are fewer than two classes of ID samples, the passes differ in
+        length, the result is not finite, or an argument is out of range
+    """
+    _check_fraction("weight", weight)
+    _count("n", n, 1)
+    device = _device_of(early, late, head)
+
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    sums: Dict[int, Tensor] = {}
+    counts: Dict[int, int] = {}
+    for x, y in data_loader:
+        known = y >= 0
+        if not known.any():
+            continue
+        features, y = early(x[known].to(device)), y[known].cpu()
+        for label in y.unique().tolist():
+            of_class = features[(y == label).to(features.device)].double()
+            sums[label] = sums.get(label, zero) + of_class.sum(dim=0)
+            counts[label] = counts.get(label, 0) + len(of_class)
+    _check_two_classes(len(sums))
+    classes = torch.tensor(sorted(sums))
+    prototypes = torch.stack([sums[c] / counts[c] for c in classes.tolist()])
+
+    total = sum(counts.values())
+    size = min(_count("n", n, total), total)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:size]] = True
+
+    result = zero
+    position = 0
+    for x, y in data_loader:
+        x = x[y >= 0]
+        use = chosen[position : position + len(x)]
+        position += len(x)
+        if position > total:
+            break
+        if use.any():
+            features = early(x[use.to(x.device)].to(device))
+            runner_up = _runner_up(_logits(head, late(features)), classes)
+            mixed = weight * features + (1 - weight) * prototypes[runner_up].to(features.dtype)
+            result = result + late(mixed).flatten(1).double().sum(dim=0)
+    if position != total:
+        raise ValueError(
+            f"The loader gave {total} ID samples, but not as many in the second pass. "
+            "Pass a data loader, or a list of batches, that can be iterated over twice."
+        )
+    prototype = (result / size).float()
+    if not bool(torch.isfinite(prototype).all()):
+        raise ValueError("The network maps mixed samples to NaN or infinite features. Check it.")
+    return prototype
+
+
+@torch.no_grad()
+def noise_prototype(
+    encoder: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+    shape: Tuple[int, int, int],
+    n: int = 1000,
+    keep: Union[int, float] = 0.1,
+    normalize: Optional[Callable[[Tensor], Tensor]] = None,
+    seed: int = 0,
+) -> Tensor:
+    """
+    OOD prototype from noise: the mean feature of blurred images of uniform noise, restricted to
+    those with the lowest log-sum-exp of the logits, to which the classifier thus responds least.
+
+    Images are drawn uniformly from :math:`[0, 1]` and blurred with a Gaussian of 7 × 5 pixels
+    whose width is drawn from :math:`[0.2, 5]` for each image. The released code calls this
+    Gaussian noise, feeds the images to the network without normalization, and keeps the lowest 10
+    of each 100; here, they are chosen among all ``n``.
+
+    :see Implementation: `OpenOOD <https://github.com/Jingkang50/OpenOOD>`__
+
+    :param encoder: maps images to features of shape :math:`B \\times D`
+    :param head: maps features to logits
+    :param shape: image shape :math:`(C, H, W)`, at least 4 pixels high and 3 wide
+    :param n: number of images
+    :param keep: how many of them to keep, as a count or a fraction
+    :param normalize: applied to the images before the encoder, e.g. the dataset's normalization.
+        ``None``, as in the released code, applies none.
+    :param seed: seed of the noise
+    :return: OOD prototype of shape :math:`D`, float32
+    :raises ValueError: if an argument is out of range or the network returns no finite features
+    """
+    if len(shape) != 3 or shape[0] < 1 or shape[1] < 4 or shape[2] < 3:
+        raise ValueError(f"shape must be (channels, height >= 4, width >= 3), got {tuple(shape)}.")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}.")
+    size = min(_count("keep", keep, n), n)
+    device = _device_of(encoder, head)
+    generator = torch.Generator().manual_seed(seed)
+
+    features, response = [], []
+    for start in range(0, n, 100):
+        count = min(100, n - start)
+        # drawn on the host, so that every device sees the same images
+        images = torch.rand((count, *shape), generator=generator)
+        sigma = 0.2 + 4.8 * torch.rand(count, generator=generator)
+        images = _blur(images, sigma).to(device)
+        z = encoder(images if normalize is None else normalize(images)).flatten(1)
+        features.append(z.double())
+        response.append(_logits(head, z).double().logsumexp(dim=1))
+    lowest = torch.cat(response).topk(size, largest=False).indices
+    prototype = torch.cat(features)[lowest].mean(dim=0).float()
+    if not bool(torch.isfinite(prototype).all()):
+        raise ValueError("The network maps noise to NaN or infinite features. Check it.")
+    return prototype
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of 7 rows and 5 columns, with one width per image and reflected borders."""
+    batch, channels, height, width = images.shape
+    x = images.reshape(1, batch * channels, height, width)
+    for size, dim in ((7, 2), (5, 3)):
+        offsets = torch.arange(size, dtype=images.dtype) - size // 2
+        kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(dim=1)
+        kernel = kernel.repeat_interleave(channels, dim=0)
+        kernel = kernel[:, None, :, None] if dim == 2 else kernel[:, None, None, :]
+        padding = (0, 0, size // 2, size // 2) if dim == 2 else (size // 2, size // 2, 0, 0)
+        x = F.conv2d(F.pad(x, padding, mode="reflect"), kernel, groups=batch * channels)
+    return x.view_as(images)
+
+
+def _count(name: str, value: Union[int, float], total: int) -> int:
+    """A count from an int, which is one already, or from a float, a fraction of ``total``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a count (int) or a fraction (float), got {value!r}.")
+    if isinstance(value, float):
+        return max(1, int(_check_fraction(name, value) * total))
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return value
+
+
+def _check_features(z: Tensor, dimension: Optional[int] = None) -> None:
+    if z.dim() != 2 or not z.is_floating_point():
+        raise ValueError(
+            f"Expected floating point features of shape B x D, got {z.dtype} of shape "
+            f"{tuple(z.shape)}. Pool and flatten them first, e.g. with z.flatten(1)."
+        )
+    if dimension is not None and z.shape[1] != dimension:
+        raise ValueError(
+            f"The detector works on {dimension} features, got {z.shape[1]}. Use the features of "
+            "the layer before the head, for fitting and scoring alike."
+        )
+
+
+def _check_labels(labels: Tensor, z: Tensor) -> Tensor:
+    if labels.dim() != 1 or labels.shape[0] != z.shape[0]:
+        raise ValueError(
+            f"Expected one label per feature row ({z.shape[0]}), got labels of shape "
+            f"{tuple(labels.shape)}."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"Labels must be integers, got {labels.dtype}. Use labels.long().")
+    return labels.detach().long()
+
+
+def _raise_if_not_finite(finite: Tensor) -> None:
+    broken = int((~finite).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {len(finite)} feature rows contain NaN or infinite values. Remove or "
+            "repair them first, e.g. keep z[z.isfinite().all(dim=1)]."
+        )
+
+
+def _check_two_classes(n_classes: int) -> None:
+    if n_classes < 2:
+        raise ValueError(
+            f"Mix-up needs ID samples of at least two classes, got {n_classes}. "
+            "Use another OOD prototype, e.g. 'mean' or 'outliers'."
+        )
+
+
+def _logits(head: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Logits of features whose dtype may differ from that of the head."""
+    weight = next(head.parameters(), None) if isinstance(head, Module) else None
+    return head(z if weight is None else z.to(weight.dtype))
+
+
+def _runner_up(logits: Tensor, classes: Tensor) -> Tensor:
+    """Positions in ``classes`` of the second-largest logit, other columns ignored."""
+    return logits[:, classes.to(logits.device)].topk(2, dim=1).indices[:, 1]
+
+
+def _class_means(
+    z: Tensor, rows: Tensor, position: Tensor, n_classes: int, batch_size: int
+) -> Tensor:
+    """Mean of the rows at each position, in float64, so that their order does not matter."""
+    sums = torch.zeros(n_classes, z.shape[1], dtype=torch.float64, device=z.device)
+    for chunk, target in zip(rows.split(batch_size), position.split(batch_size)):
+        sums.index_add_(0, target, z[chunk].double())
+    counts = torch.zeros(n_classes, dtype=torch.float64, device=z.device)
+    counts.index_add_(0, position, torch.ones_like(position, dtype=torch.float64))
+    return (sums / counts[:, None]).float()
+
+
+def _device_of(*modules: Callable) -> torch.device:
+    """Device of the first parameter or buffer of the modules (or their methods), else the CPU."""
+    for module in (getattr(module, "__self__", module) for module in modules):
+        if isinstance(module, Module):
+            for tensor in [*module.parameters(), *module.buffers()]:
+                return tensor.device
+    return torch.device("cpu")
+
+
+def _shorten(numbers: List[int]) -> str:
+    shown = ", ".join(str(number) for number in numbers[:10])
+    return shown if len(numbers) <= 10 else f"{shown}, ..."
