@@ -1,0 +1,204 @@
+"""
+A benchmark of real images that needs neither a download nor a GPU, and takes seconds. It is small
+on purpose: good to try a method, to test a change and to teach; not to rank methods for a paper.
+
+=================  =========================================================  =============
+Part               Images, all 8 × 8 grey                                     Number
+=================  =========================================================  =============
+ID                 handwritten digits 0 to 5: training, validation, test      540, 215, 328
+near-OOD           handwritten digits 6 to 9                                  714
+far-OOD            patches of a photograph (a flower); uniform noise          1000; 1000
+training outliers  patches of the left half of another photograph (a temple)  1000
+validation OOD     patches of the right half of that photograph               1000
+=================  =========================================================  =============
+
+The training outliers share no pixel with the validation outliers and no photograph with the test
+sets.
+
+..  autoclass:: pood_plugins.benchmark.Digits
+    :members:
+    :show-inheritance:
+
+..  autofunction:: pood_plugins.benchmark.digits.digits_classifier
+
+..  autofunction:: pood_plugins.benchmark.digits.train_classifier
+
+Data
+----
+
+..  automodule:: pood_plugins.dataset.digits
+
+..  autoclass:: pood_plugins.dataset.HandwrittenDigits
+
+..  autoclass:: pood_plugins.dataset.GreyPatches
+
+..  autoclass:: pood_plugins.dataset.UniformNoise
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from copy import deepcopy
+from typing import ClassVar
+
+import torch
+from pytorch_ood.api import BenchmarkInfo, Task
+from pytorch_ood.benchmark import Benchmark
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from ..dataset.digits import GreyPatches, HandwrittenDigits, UniformNoise
+
+_ID_CLASSES = range(6)
+
+
+class Digits(Benchmark):
+    """
+    Handwritten digits 0 to 5 against other digits (near-OOD), patches of a photograph and noise
+    (far-OOD).
+
+    .. code-block:: python
+
+        benchmark = Digits()
+        model = train_classifier(benchmark, seed=0)
+        detector = EnergyBased(model)
+        results = benchmark.evaluate(detector, loader_kwargs={"batch_size": 256})
+    """
+
+    #: Source of the ID data, and tasks.
+    info: ClassVar[BenchmarkInfo] = BenchmarkInfo(
+        paper=HandwrittenDigits.info.paper, tasks={Task.CLASSIFICATION}, ai_coded=True
+    )
+
+    near_ood_names: ClassVar[list[str]] = ["digits 6-9"]  #: OOD sets that resemble ID data
+    far_ood_names: ClassVar[list[str]] = ["flower", "noise"]  #: OOD sets of another kind
+
+    def __init__(self, transform: Callable[[Tensor], Tensor] | None = None):
+        """
+        :param transform: applied to every image, a tensor of shape 1 × 8 × 8 in :math:`[0, 1]`
+        """
+        self.ood_names = [*self.near_ood_names, *self.far_ood_names]
+        self._transform = transform
+        self._id_test = self._digits("test")
+        self._oods = [
+            HandwrittenDigits(classes=range(6, 10), outliers=True, transform=transform),
+            GreyPatches("flower.jpg", transform=transform),
+            UniformNoise(transform=transform),
+        ]
+
+    def train_set(self) -> Dataset:
+        """
+        :return: ID training set, 540 digits with labels 0 to 5
+        """
+        return self._digits("train")
+
+    def validation_set(self) -> Dataset:
+        """
+        :return: ID validation set and validation OOD (label -1). The only data to choose
+            hyper-parameters by.
+        """
+        ood = GreyPatches("china.jpg", half="right", transform=self._transform)
+        return ConcatDataset([self._digits("validation"), ood])
+
+    def outlier_set(self) -> Dataset:
+        """
+        :return: training outliers, labeled -1: for methods that use example outliers
+        """
+        return GreyPatches("china.jpg", half="left", transform=self._transform)
+
+    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset]:
+        """
+        :param known: include ID
+        :param unknown: include OOD
+        :return: with both, one data set per entry of ``ood_names``, ID test set first; with
+            ``unknown`` only, the OOD sets; with ``known`` only, the ID test set
+        :raises ValueError: if both are false
+        """
+        if known and unknown:
+            return [ConcatDataset([self._id_test, ood]) for ood in self._oods]
+        if known:
+            return [self._id_test]
+        if unknown:
+            return list(self._oods)
+        raise ValueError("At least one of `known` or `unknown` must be True")
+
+    def _digits(self, part: str) -> HandwrittenDigits:
+        return HandwrittenDigits(part, _ID_CLASSES, transform=self._transform)
+
+
+def digits_classifier(width: int = 32, num_classes: int = 6) -> nn.Sequential:
+    """
+    A small convolutional network with BatchNorm: three stages, global average pooling, one linear
+    layer.
+
+    :param width: number of channels, and of penultimate features
+    :param num_classes: number of logits
+    :return: network for inputs of shape :math:`B \\times 1 \\times 8 \\times 8`
+    """
+
+    def stage(inputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, width, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+
+    return nn.Sequential(
+        OrderedDict(
+            stage1=stage(1),
+            stage2=stage(width),
+            stage3=stage(width),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            head=nn.Linear(width, num_classes),
+        )
+    )
+
+
+def train_classifier(
+    benchmark: Digits, seed: int = 0, epochs: int = 20, device: str | torch.device = "cpu"
+) -> nn.Sequential:
+    """
+    Trains :func:`digits_classifier` with Adam and keeps the epoch with the best accuracy on the ID
+    validation data (the earliest of equals). No outlier is used, neither for training nor for the
+    choice.
+
+    :param benchmark: where training and validation data come from
+    :param seed: seed of initialization and batches; the caller's random state is left alone
+    :param epochs: number of passes over the training set
+    :param device: where to train
+    :return: the classifier, in eval mode
+    """
+    x, y = _stack(benchmark.train_set(), device)
+    x_validation, y_validation = _stack(benchmark.validation_set(), device)
+    known = y_validation >= 0
+    x_validation, y_validation = x_validation[known], y_validation[known]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = digits_classifier().to(device)
+        order = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=1e-4)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        best, best_accuracy = deepcopy(model.state_dict()), -1.0
+        for _ in range(epochs):
+            model.train()
+            for batch in torch.randperm(len(x), generator=order).split(64):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[batch]), y[batch]).backward()
+                optimizer.step()
+            scheduler.step()
+            model.eval()
+            with torch.no_grad():
+                correct = model(x_validation).argmax(dim=1) == y_validation
+            accuracy = float(correct.float().mean())
+            if accuracy > best_accuracy:
+                best, best_accuracy = deepcopy(model.state_dict()), accuracy
+    model.load_state_dict(best)
+    return model.eval()
+
+
+def _stack(dataset: Dataset, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    loader = DataLoader(dataset, batch_size=256)
+    x, y = (torch.cat(batches).to(device) for batches in zip(*loader))
+    return x, y

@@ -1,0 +1,129 @@
+"""
+The default benchmark run: trains small classifiers on :class:`~pood_plugins.benchmark.Digits`, one
+per seed, and evaluates detectors on each. This is what ``make benchmark`` does.
+
+..  autofunction:: pood_plugins.evaluation.digits.run_digits
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pytorch_ood.api import Detector
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .. import registry
+from ..benchmark.digits import Digits, train_classifier
+from ..detector import GROOD, mixup_prototype, noise_prototype
+from ..model.split import SplitModel, split_model
+from .report import Report
+from .runner import run
+
+log = logging.getLogger(__name__)
+
+#: rows of the table if no others are asked for
+DEFAULT_DETECTORS = (
+    "MSP",
+    "Energy",
+    "Mahalanobis",
+    "KNN",
+    "ViM",
+    "NERO",
+    "GROOD",
+    "GROOD (mean)",
+    "GROOD (early mix-up)",
+    "GROOD (noise)",
+    "GROOD (outliers)",
+)
+
+_LOADER: dict[str, Any] = {"batch_size": 256}
+
+
+def run_digits(
+    detectors: Sequence[str] | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    device: str | torch.device = "cpu",
+) -> Report:
+    """
+    :param detectors: rows of the table: names of the registry, and GROOD with each source of its
+        OOD prototype, as in ``DEFAULT_DETECTORS``, which is the default. ``"all"`` as the only
+        name takes everything that can be built.
+    :param seeds: one classifier is trained for each seed
+    :param device: where to compute
+    :return: report of the means over the seeds
+    :raises LookupError: if a name is unknown
+    :raises ValueError: if there is no seed, or a detector cannot be built from a classifier alone
+    """
+    if not seeds:
+        raise ValueError("No seeds to train with. Pass at least one.")
+    start = time.perf_counter()
+    benchmark = Digits()
+    reports = []
+    for seed in tqdm(seeds, desc="seeds", disable=None):
+        split = split_model(train_classifier(benchmark, seed, device=device))
+        if detectors is not None and list(detectors) == ["all"]:
+            built = _build_all(split, benchmark)
+        else:
+            names = DEFAULT_DETECTORS if detectors is None else detectors
+            built = dict(_build(name, split, benchmark) for name in names)
+        reports.append(run(benchmark, built, device=device, loader_kwargs=_LOADER))
+    metadata = {
+        "benchmark": "digits",
+        "seeds": list(seeds),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    return Report.combine(reports, metadata)
+
+
+def _build_all(split: SplitModel, benchmark: Digits) -> dict[str, Detector]:
+    built = {}
+    for name in [*registry.list_detectors(), *_VARIANTS]:
+        try:
+            row, detector = _build(name, split, benchmark)
+        except ValueError as error:
+            log.warning(f"{name} is left out: {error}")
+            continue
+        built[row] = detector
+    return built
+
+
+def _build(name: str, split: SplitModel, benchmark: Digits) -> tuple[str, Detector]:
+    """Name of the row and detector."""
+    for variant, prototype in _VARIANTS.items():
+        if name.casefold() == variant.casefold():
+            return variant, GROOD(
+                split.encoder, split.head, ood_prototype=prototype(split, benchmark)
+            )
+    detector = registry.build(name, split)
+    return registry.display_name(type(detector).__name__), detector
+
+
+def _outliers(split: SplitModel, benchmark: Digits) -> torch.Tensor:
+    with torch.no_grad():
+        loader = DataLoader(benchmark.outlier_set(), **_LOADER)
+        device = split.head.weight.device
+        return torch.cat([split.encoder(x.to(device)) for x, _ in loader]).mean(dim=0)
+
+
+def _early_mixup(split: SplitModel, benchmark: Digits) -> torch.Tensor:
+    assert split.early is not None and split.late is not None
+    loader = DataLoader(benchmark.train_set(), **_LOADER)
+    return mixup_prototype(split.early, split.late, split.head, loader)
+
+
+def _noise(split: SplitModel, benchmark: Digits) -> torch.Tensor:
+    return noise_prototype(split.encoder, split.head, (1, 8, 8))
+
+
+_VARIANTS: dict[str, Callable[[SplitModel, Digits], str | torch.Tensor]] = {
+    "GROOD (mean)": lambda split, benchmark: "mean",
+    "GROOD (early mix-up)": _early_mixup,
+    "GROOD (noise)": _noise,
+    "GROOD (outliers)": _outliers,
+}

@@ -1,0 +1,129 @@
+"""
+Pictures of a report: ROC curves and distributions of scores. Needs matplotlib.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .report import Result, _import
+
+# Okabe and Ito's palette: distinct for all common kinds of color vision
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
+_DASHES = ("-", "--", ":", "-.")
+_ID_COLOR, _OOD_COLOR = "#0072B2", "#D55E00"
+
+
+def plot_roc(results: Sequence[Result], ood_names: Sequence[str], path: Path) -> None:
+    """
+    ROC curves, OOD as the positive class, one panel per OOD set, one line per detector. The axis
+    of the FPR is logarithmic, so that good detectors can be told apart.
+
+    :param results: results that have scores
+    :param ood_names: panels
+    :param path: file to write
+    """
+    figure, axes = _figure(1, len(ood_names), width=4.2, height=4.4)
+    for axis, name in zip(axes[0], ood_names):
+        for i, result in enumerate(results):
+            fpr, tpr = roc_curve(*result.scores[name])
+            fpr = fpr.clamp(min=0.5 / len(result.scores[name][0]))  # 0 has no logarithm
+            style = {"color": _COLORS[i % 8], "linestyle": _DASHES[i // 8 % 4], "linewidth": 1.3}
+            label = result.detector if name == ood_names[0] else None
+            axis.plot(fpr, tpr, label=label, **style)
+        axis.set(title=name, xlabel="ID samples flagged (FPR)", xscale="log", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("OOD samples found (TPR)")
+    figure.legend(loc="outside lower center", ncols=min(5, len(results)), frameon=False)
+    _save(figure, path)
+
+
+def plot_scores(results: Sequence[Result], ood_names: Sequence[str], path: Path) -> None:
+    """
+    Distribution of the outlier score of ID and OOD samples, one row per detector, one column per
+    OOD set. The axis is the rank of the score among all samples of the panel, so that detectors
+    with different scales can be compared.
+
+    :param results: results that have scores
+    :param ood_names: columns
+    :param path: file to write
+    """
+    figure, axes = _figure(len(results), len(ood_names), width=3.4, height=0.9)
+    for row, result in zip(axes, results):
+        for axis, name in zip(row, ood_names):
+            id_ranks, ood_ranks = _ranks(*result.scores[name])
+            for ranks, color, label, hatch in (
+                (id_ranks, _ID_COLOR, "ID", None),
+                (ood_ranks, _OOD_COLOR, "OOD", "///"),
+            ):
+                axis.hist(
+                    ranks.numpy(),
+                    bins=40,
+                    range=(0, 1),
+                    density=True,
+                    color=color,
+                    edgecolor=color,
+                    histtype="stepfilled",
+                    alpha=0.5,
+                    hatch=hatch,
+                    label=label if axis is axes[0][0] else None,
+                )
+            axis.set(xticks=[], yticks=[])
+            axis.spines[["top", "right", "left"]].set_visible(False)
+        row[0].set_ylabel(result.detector, rotation=0, ha="right", va="center")
+    for axis, name in zip(axes[0], ood_names):
+        axis.set_title(name)
+    for axis in axes[-1]:
+        axis.set_xlabel("outlier score, by rank →")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def roc_curve(scores_id: Tensor, scores_ood: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    :param scores_id: outlier scores of ID samples
+    :param scores_ood: outlier scores of OOD samples
+    :return: FPR and TPR at each distinct threshold, ascending, from (0, 0) to (1, 1)
+    """
+    scores = torch.cat([scores_id, scores_ood])
+    ood = torch.cat([torch.zeros_like(scores_id), torch.ones_like(scores_ood)])
+    scores, order = scores.sort(descending=True, stable=True)
+    tpr = ood[order].cumsum(0) / len(scores_ood)
+    fpr = (1 - ood[order]).cumsum(0) / len(scores_id)
+    last = torch.ones_like(scores, dtype=torch.bool)  # ties are passed at once
+    last[:-1] = scores[:-1] != scores[1:]
+    zero = torch.zeros(1, dtype=scores.dtype)
+    return torch.cat([zero, fpr[last]]), torch.cat([zero, tpr[last]])
+
+
+def _ranks(scores_id: Tensor, scores_ood: Tensor) -> tuple[Tensor, Tensor]:
+    """Mid-ranks in :math:`[0, 1]`; equal scores have equal ranks."""
+    scores = torch.cat([scores_id, scores_ood])
+    ordered = scores.sort().values
+    below = torch.searchsorted(ordered, scores, right=False)
+    upto = torch.searchsorted(ordered, scores, right=True)
+    ranks = (below + upto).double() / (2 * len(scores))
+    return ranks[: len(scores_id)], ranks[len(scores_id) :]
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    _import("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # without pyplot: no window, no global state
+    figure = Figure(figsize=(width * columns + 0.8, height * rows + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.part.png")
+    try:
+        figure.savefig(temporary, dpi=120)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,372 @@
+"""
+Results of an evaluation as a table: on the terminal, as csv, json and Markdown, and as pictures.
+
+Near- and far-OOD figures are means over the OOD sets of that kind; the json names the sets in each
+mean. AUROC, AUPR and FPR95 are those of :class:`pytorch_ood.metrics.OODMetrics`, with OOD as the
+positive class: FPR95 is the share of ID samples that are flagged when 95 % of the OOD samples are
+found. All are fractions in :math:`[0, 1]`.
+
+..  autoclass:: pood_plugins.evaluation.Report
+    :members:
+
+..  autoclass:: pood_plugins.evaluation.report.Result
+    :members:
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+METRICS = ("AUROC", "AUPR-IN", "AUPR-OUT", "FPR95")
+
+
+@dataclass
+class Result:
+    """
+    What came of one detector.
+    """
+
+    detector: str  #: name of the row
+    class_name: str  #: name of the detector's class
+    #: metrics by OOD set, each a dictionary of AUROC, AUPR-IN, AUPR-OUT and FPR95
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    #: scores of the ID and the OOD samples by OOD set
+    scores: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    accuracy: float | None = None  #: share of ID test samples classified correctly
+    fit_seconds: float | None = None  #: without extraction of stored features
+    score_seconds: float | None = None  #: for all OOD sets, the ID test set once with each
+    error: str | None = None  #: why there are no metrics
+
+    def add(
+        self, ood_name: str, metrics: dict[str, float], scores_id: Tensor, scores_ood: Tensor
+    ) -> None:
+        """Adds the metrics and scores of one OOD set."""
+        self.metrics[ood_name] = metrics
+        self.scores[ood_name] = (scores_id, scores_ood)
+
+
+class Report:
+    """
+    Results of several detectors on one benchmark, or their mean over several networks or seeds.
+    """
+
+    def __init__(
+        self,
+        results: Sequence[Result],
+        ood_names: Sequence[str],
+        near_ood_names: Sequence[str] = (),
+        far_ood_names: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        """
+        :param results: one result per detector
+        :param ood_names: names of the OOD sets, in the order of the table
+        :param near_ood_names: those that the near-OOD mean is taken over
+        :param far_ood_names: those that the far-OOD mean is taken over
+        :param metadata: further entries of the json, e.g. the seed
+        """
+        self.results = list(results)
+        self.ood_names = list(ood_names)
+        self.near_ood_names = list(near_ood_names)
+        self.far_ood_names = list(far_ood_names)
+        self.metadata = dict(metadata or {})
+        self._parts: list[Report] = []
+
+    @classmethod
+    def combine(
+        cls, reports: Sequence[Report], metadata: Mapping[str, Any] | None = None
+    ) -> Report:
+        """
+        :param reports: reports of the same detectors and OOD sets, e.g. for several seeds
+        :param metadata: further entries of the json
+        :return: report of the means; tables show the (sample) standard deviation beside them. A
+            detector that failed in one report failed.
+        :raises ValueError: if detectors or OOD sets differ
+        """
+        first = reports[0]
+        for report in reports[1:]:
+            if [r.detector for r in report.results] != [r.detector for r in first.results] or (
+                report.ood_names != first.ood_names
+            ):
+                raise ValueError(
+                    "Only reports of the same detectors and OOD sets can be combined."
+                )
+        results = []
+        for same in zip(*(report.results for report in reports)):
+            errors = [result.error for result in same if result.error]
+            result = Result(
+                same[0].detector, same[0].class_name, error=errors[0] if errors else None
+            )
+            if not errors:
+                result.metrics = {
+                    name: {m: fmean(r.metrics[name][m] for r in same) for m in METRICS}
+                    for name in first.ood_names
+                }
+                result.scores = same[0].scores
+                for attribute in ("accuracy", "fit_seconds", "score_seconds"):
+                    values = [getattr(r, attribute) for r in same]
+                    setattr(result, attribute, None if None in values else fmean(values))
+            results.append(result)
+        combined = cls(
+            results, first.ood_names, first.near_ood_names, first.far_ood_names, metadata
+        )
+        combined._parts = list(reports)
+        return combined
+
+    @property
+    def failed(self) -> list[Result]:
+        """Results of the detectors that failed."""
+        return [result for result in self.results if result.error]
+
+    def value(self, detector: str, column: str, metric: str) -> tuple[float, float | None]:
+        """
+        :param detector: name of the row
+        :param column: name of an OOD set, ``"near"`` or ``"far"``
+        :param metric: AUROC, AUPR-IN, AUPR-OUT or FPR95
+        :return: value and its standard deviation over the combined reports, ``None`` for a single
+            one
+        :raises KeyError: if there is no such value
+        """
+        names = {"near": self.near_ood_names, "far": self.far_ood_names}.get(column, [column])
+        result = next(r for r in self.results if r.detector == detector)
+        mean = fmean(result.metrics[name][metric] for name in names)
+        if len(self._parts) < 2:
+            return mean, None
+        return mean, stdev(part.value(detector, column, metric)[0] for part in self._parts)
+
+    @property
+    def frame(self) -> DataFrame:
+        """
+        One line per detector and column (OOD set, ``near``, ``far``), as a
+        :class:`pandas.DataFrame`. Where reports were combined, columns ending in ``_std`` hold the
+        standard deviation. A failed detector has one line with its ``error``.
+        """
+        pandas = _import("pandas")
+        lines: list[dict[str, Any]] = []
+        for result in self.results:
+            for column in [""] if result.error else self.columns:
+                line: dict[str, Any] = {"detector": result.detector, "dataset": column}
+                for metric in METRICS:
+                    value, std = (
+                        (None, None)
+                        if result.error
+                        else self.value(result.detector, column, metric)
+                    )
+                    line[metric] = value
+                    if self._parts:
+                        line[f"{metric}_std"] = std
+                line["accuracy"] = result.accuracy
+                line["fit_seconds"] = result.fit_seconds
+                line["score_seconds"] = result.score_seconds
+                line["error"] = result.error or ""
+                lines.append(line)
+        return pandas.DataFrame(lines)
+
+    @property
+    def columns(self) -> list[str]:
+        """OOD sets, then ``near`` and ``far`` where these have more than one set."""
+        means = {"near": self.near_ood_names, "far": self.far_ood_names}
+        return self.ood_names + [mean for mean, names in means.items() if len(names) > 1]
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """
+        Writes ``results.csv``, ``results.json``, the table as ``results.md`` and ``results.txt``,
+        and the pictures.
+
+        :param directory: where to write, created if need be
+        :raises ImportError: if pandas or matplotlib is not installed
+        """
+        directory = Path(directory)
+        self.to_csv(directory / "results.csv")
+        self.to_json(directory / "results.json")
+        _write(directory / "results.md", self.to_markdown())
+        _write(directory / "results.txt", self.to_text())
+        self.plot(directory)
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Writes :attr:`frame` to a file, floats with six decimals."""
+        _write(path, self.frame.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """
+        Writes results, what the means are taken over, and what it takes to repeat them: versions,
+        device, commit and whatever the metadata hold.
+        """
+        parts = self._parts or [self]
+        content = {
+            **environment(),
+            **self.metadata,
+            "ood": self.ood_names,
+            "near": self.near_ood_names,
+            "far": self.far_ood_names,
+            "results": [
+                {
+                    "detector": result.detector,
+                    "class": result.class_name,
+                    "error": result.error,
+                    "accuracy": [part.results[i].accuracy for part in parts],
+                    "fit_seconds": [part.results[i].fit_seconds for part in parts],
+                    "score_seconds": [part.results[i].score_seconds for part in parts],
+                    "metrics": {
+                        name: {
+                            metric: [part.results[i].metrics[name][metric] for part in parts]
+                            for metric in METRICS
+                        }
+                        for name in self.ood_names
+                        if not result.error
+                    },
+                }
+                for i, result in enumerate(self.results)
+            ],
+        }
+        _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def to_markdown(self) -> str:
+        """
+        :return: table of AUROC and FPR95 in percent, the best of each column in bold
+        """
+        header, *rows = self._table(lambda text: f"**{text}**")
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+    def to_text(self) -> str:
+        """
+        :return: the same table for a terminal, the best of each column marked by ``*``
+        """
+        table = self._table(lambda text: f"*{text}")
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = [
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+            for line in table
+        ]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
+
+    def plot(self, directory: str | os.PathLike) -> list[Path]:
+        """
+        Draws ``roc.png`` (ROC curves of all detectors) and ``scores.png`` (distributions of the
+        scores), one panel per OOD set. Of combined reports, the first is drawn.
+
+        :param directory: where to write, created if need be
+        :return: the files
+        :raises ImportError: if matplotlib is not installed
+        """
+        from .plots import plot_roc, plot_scores
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        results = [r for r in (self._parts or [self])[0].results if not r.error]
+        if not results:
+            return []
+        files = [directory / "roc.png", directory / "scores.png"]
+        plot_roc(results, self.ood_names, files[0])
+        plot_scores(results, self.ood_names, files[1])
+        return files
+
+    def _table(self, mark: Any) -> list[list[str]]:
+        good = [result for result in self.results if not result.error]
+        best = {}
+        for column in self.columns:
+            for metric, better in (("AUROC", max), ("FPR95", min)):
+                values = [self.value(r.detector, column, metric)[0] for r in good]
+                # equal as printed is equal
+                best[column, metric] = better((round(v, 3) for v in values), default=math.nan)
+
+        def cell(name: str, column: str, metric: str) -> str:
+            value, std = self.value(name, column, metric)
+            text = f"{100 * value:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+            return mark(text) if round(value, 3) == best[column, metric] else text
+
+        names = {
+            "near": f"near ({len(self.near_ood_names)})",
+            "far": f"far ({len(self.far_ood_names)})",
+        }
+        columns = [names.get(column, column) for column in self.columns]
+        table = [["AUROC / FPR95", *columns, "ID accuracy", "fit s", "score s"]]
+        for result in self.results:
+            if result.error:
+                cells = ["failed"] * len(self.columns) + [""]
+            else:
+                cells = [
+                    f"{cell(result.detector, c, 'AUROC')} / {cell(result.detector, c, 'FPR95')}"
+                    for c in self.columns
+                ]
+                cells.append("" if result.accuracy is None else f"{100 * result.accuracy:.1f}")
+            times = [result.fit_seconds, result.score_seconds]
+            table.append(
+                [result.detector, *cells, *("" if t is None else f"{t:.2f}" for t in times)]
+            )
+        return table
+
+
+def environment() -> dict[str, Any]:
+    """
+    :return: versions of the packages that results depend on, the platform, and the commit of the
+        working tree, if any
+    """
+    versions = {}
+    for package in (
+        "pood-plugins",
+        "pytorch-ood",
+        "torch",
+        "torchvision",
+        "numpy",
+        "scikit-learn",
+    ):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    arguments = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _write(path: str | os.PathLike, text: str) -> None:
+    """Writes a file at once: whoever reads it finds the old content or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _import(package: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"Reports need {package}: pip install pood-plugins[benchmark]"
+        ) from error
