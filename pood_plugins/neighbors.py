@@ -161,7 +161,9 @@ def _scan(
         dim=1,
     ).to(dtype)
 
-    closeness, members = [], []
+    # the best groups so far: an upper bound of their closeness, and their rows
+    best = left.new_empty(len(query), 0)
+    members = torch.empty((len(query), 0, group), dtype=torch.long, device=query.device)
     for start in range(0, rows, _BANK_ROWS):
         b = bank[start : start + _BANK_ROWS].to(dtype)
         squared = squared_norms[start : start + _BANK_ROWS, None]
@@ -171,18 +173,15 @@ def _scan(
         if stride * group > b.shape[0]:
             padding = (0, stride * group - b.shape[0])
             product = torch.nn.functional.pad(product, padding, value=float("-inf"))
-        best = product.view(len(query), group, stride).amax(dim=1)
-        best, index = best.topk(min(keep, stride), dim=1)
-        closeness.append(best)
-        members.append(
-            start + index[:, :, None] + stride * torch.arange(group, device=index.device)
-        )
+        closeness = product.view(len(query), group, stride).amax(dim=1)
+        closeness, first = closeness.topk(min(keep, stride), dim=1)
+        offsets = start + stride * torch.arange(group, device=query.device)
+        best = torch.cat([best, closeness], dim=1)
+        members = torch.cat([members, first[:, :, None] + offsets], dim=1)
+        best, index = best.topk(min(keep, best.shape[1]), dim=1)
+        members = members.gather(1, index[:, :, None].expand(-1, -1, group))
 
-    best, index = torch.cat(closeness, dim=1).topk(
-        min(keep, sum(c.shape[1] for c in closeness)), dim=1
-    )
-    candidates = torch.cat(members, dim=1).gather(1, index[:, :, None].expand(-1, -1, group))
-    kth = _rerank(query, bank, candidates.flatten(1), k)
+    kth = _rerank(query, bank, members.flatten(1), k)
 
     if -(-rows // group) <= keep:  # every row was re-ranked
         return kth.sqrt(), torch.ones_like(kth, dtype=torch.bool)

@@ -181,7 +181,7 @@ class GROOD(FeaturesDetector):
         ood_prototype: Union[str, Tensor] = "auto",
         n_synthetic: Union[int, float] = 1000,
         mixup: float = 0.5,
-        k: int = 1,
+        k: Union[int, float] = 1,
         temperature: float = 1.0,
         bank_fraction: float = 1.0,
         seed: int = 0,
@@ -201,8 +201,8 @@ class GROOD(FeaturesDetector):
             1000.
         :param mixup: weight of the sample in the mix, in :math:`[0, 1]`. Default is that of the
             released code.
-        :param k: which neighbor in the bank the score is taken from; read when scoring. Paper and
-            code use 1.
+        :param k: which neighbor in the bank the score is taken from, as a count or a fraction of
+            the bank; read when scoring. Paper and code use 1.
         :param temperature: temperature :math:`T` of the softmax, in units of the feature distance.
             The paper has none, which is 1.
         :param bank_fraction: fraction of the bank to keep, drawn at random. Memory and scoring
@@ -287,7 +287,6 @@ class GROOD(FeaturesDetector):
             raise ValueError("No ID samples (labels >= 0) to fit on. Pass ID training data.")
         classes, position = labels[known].unique(return_inverse=True)
 
-        # columns that no ID sample has are masked, so that no class without prototype is chosen
         columns = _logits(self.head, z[:1]).shape[1]
         if int(classes[-1]) >= columns:
             raise ValueError(

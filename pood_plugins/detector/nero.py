@@ -200,7 +200,9 @@ class NERO(FeaturesDetector):
         """
         if self.encoder is None:
             raise ModelNotSetException("fit() needs an encoder. Pass one, or use fit_features().")
-        z, y = extract_features(data_loader, self.encoder, self.device)
+        encoder = self.encoder
+        # flattened here: upstream's helper fails on features that are not contiguous
+        z, y = extract_features(data_loader, lambda x: encoder(x).flatten(1), self.device)
         return self.fit_features(z, y)
 
     @torch.no_grad()
