@@ -3,7 +3,7 @@ The digits benchmark as the README shows it.
 
     python benchmarks/digits.py
 
-writes ``digits.csv``, ``digits.json``, ``digits.md`` and ``digits.txt`` to ``benchmarks/results``.
+writes ``digits.csv``, ``digits.json`` and ``digits.md`` to ``benchmarks/results``.
 """
 
 from pathlib import Path
@@ -17,5 +17,4 @@ if __name__ == "__main__":
     report.to_csv(RESULTS / "digits.csv")
     report.to_json(RESULTS / "digits.json")
     (RESULTS / "digits.md").write_text(report.to_markdown())
-    (RESULTS / "digits.txt").write_text(report.to_text())
     print(report.to_text())

@@ -185,8 +185,7 @@ class Report:
 
     def save(self, directory: str | os.PathLike) -> None:
         """
-        Writes ``results.csv``, ``results.json``, the table as ``results.md`` and ``results.txt``,
-        and the pictures.
+        Writes ``results.csv``, ``results.json``, the table as ``results.md``, and the pictures.
 
         :param directory: where to write, created if need be
         :raises ImportError: if pandas or matplotlib is not installed
@@ -195,7 +194,6 @@ class Report:
         self.to_csv(directory / "results.csv")
         self.to_json(directory / "results.json")
         _write(directory / "results.md", self.to_markdown())
-        _write(directory / "results.txt", self.to_text())
         self.plot(directory)
 
     def to_csv(self, path: str | os.PathLike) -> None:

@@ -93,7 +93,6 @@ def test_files(report, tmp_path):
         "results.csv",
         "results.json",
         "results.md",
-        "results.txt",
         "roc.png",
         "scores.png",
     }
