@@ -1,0 +1,7 @@
+"""
+Objective functions that train a classifier with auxiliary outliers.
+"""
+
+from .greg import GRegLoss
+
+__all__ = ["GRegLoss"]
