@@ -2,12 +2,18 @@
 The default benchmark run: trains small classifiers on :class:`~pood_plugins.benchmark.Digits`, one
 per seed, and evaluates detectors on each. This is what ``make benchmark`` does.
 
+A row such as ``GReg → Energy`` shows a detector on a copy of the classifier that was fine-tuned
+with the benchmark's training outliers first, by
+:func:`~pood_plugins.benchmark.digits.finetune_classifier`. The ways to fine-tune are CE (without
+outliers), OE, Energy, GReg and GReg+.
+
 ..  autofunction:: pood_plugins.evaluation.digits.run_digits
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,9 +22,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import registry
-from ..benchmark.digits import Digits, train_classifier
+from ..benchmark.digits import Digits, finetune_classifier, train_classifier
 from ..detector import GROOD, mixup_prototype, noise_prototype
 from ..model.split import SplitModel, split_model
+from ..training.variants import DISPLAY_NAMES
 from .report import Report
 from .runner import run
 
@@ -37,8 +44,11 @@ DEFAULT_DETECTORS = (
     "GROOD (early mix-up)",
     "GROOD (noise)",
     "GROOD (outliers)",
+    "GReg → Energy",
+    "GReg → GROOD",
 )
 
+_ARROW = "→"
 _LOADER: dict[str, Any] = {"batch_size": 256}
 
 
@@ -47,13 +57,17 @@ def run_digits(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     device: str | torch.device = "cpu",
+    train: str | None = None,
 ) -> Report:
     """
     :param detectors: rows of the table: names of the registry, and GROOD with each source of its
         OOD prototype, as in ``DEFAULT_DETECTORS``, which is the default. ``"all"`` as the only
-        name takes everything that can be built.
+        name takes everything that can be built. With a way to fine-tune and ``→`` (or ``->``)
+        before the name, the detector is that of a fine-tuned classifier.
     :param seeds: one classifier is trained for each seed
     :param device: where to compute
+    :param train: way to fine-tune the classifiers of all rows that do not name one: ``ce``,
+        ``oe``, ``energy``, ``greg`` or ``greg+``. Default is not to.
     :return: report of the means over the seeds
     :raises LookupError: if a name is unknown
     :raises ValueError: if there is no seed, or a detector cannot be built from a classifier alone
@@ -64,21 +78,52 @@ def run_digits(
     benchmark = Digits()
     reports = []
     for seed in tqdm(seeds, desc="seeds", disable=None):
-        split = split_model(train_classifier(benchmark, seed, device=device))
+        classifiers = _Classifiers(benchmark, seed, device)
         if detectors is not None and list(detectors) == ["all"]:
-            built = _build_all(split, benchmark)
+            built = _build_all(classifiers[train], benchmark)
         else:
-            names = DEFAULT_DETECTORS if detectors is None else detectors
-            built = dict(_build(name, split, benchmark) for name in names)
+            names = detectors
+            if names is None:
+                names = [n for n in DEFAULT_DETECTORS if train is None or _ARROW not in n]
+            built = dict(_build_row(name, classifiers, train, benchmark) for name in names)
         reports.append(run(benchmark, built, device=device, loader_kwargs=_LOADER))
     metadata = {
         "benchmark": "digits",
+        "train": train,
         "seeds": list(seeds),
         "device": str(device),
-        "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - start, 1),
     }
     return Report.combine(reports, metadata)
+
+
+class _Classifiers:
+    """The classifier of a seed, and what fine-tuning makes of it, when asked for."""
+
+    def __init__(self, benchmark: Digits, seed: int, device: str | torch.device):
+        self.benchmark = benchmark
+        self.seed = seed
+        model = train_classifier(benchmark, seed, device=device)
+        self.splits: dict[str | None, SplitModel] = {None: split_model(model)}
+
+    def __getitem__(self, train: str | None) -> SplitModel:
+        if train not in self.splits:
+            split = split_model(deepcopy(self.splits[None].model))
+            finetune_classifier(self.benchmark, split, str(train), self.seed)
+            self.splits[train] = split
+        return self.splits[train]
+
+
+def _build_row(
+    name: str, classifiers: _Classifiers, train: str | None, benchmark: Digits
+) -> tuple[str, Detector]:
+    """Name of the row and detector."""
+    first, arrow, last = (part.strip() for part in name.replace("->", _ARROW).partition(_ARROW))
+    if not arrow:
+        return _build(name, classifiers[train], benchmark)
+    train = first.casefold()
+    row, detector = _build(last, classifiers[train], benchmark)
+    return f"{DISPLAY_NAMES[train]} {_ARROW} {row}", detector
 
 
 def _build_all(split: SplitModel, benchmark: Digits) -> dict[str, Detector]:

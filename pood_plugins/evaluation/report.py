@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -313,8 +314,8 @@ class Report:
 
 def environment() -> dict[str, Any]:
     """
-    :return: versions of the packages that results depend on, the platform, and the commit of the
-        working tree, if any
+    :return: versions of the packages that results depend on, the platform, the number of threads
+        (rounding depends on it), and the commit of the working tree, if any
     """
     versions = {}
     for package in (
@@ -333,6 +334,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
 
