@@ -133,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument(
         "--train", choices=_TRAININGS, default="greg", help="how to fine-tune (default: greg)"
     )
+    finetune.add_argument(
+        "--data", type=Path, metavar="DIR", help="data of cifar10 (default: $POOD_DATA)"
+    )
     finetune.add_argument("--epochs", type=_positive, metavar="N")
     finetune.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     finetune.add_argument(
@@ -276,10 +279,28 @@ def _digits(options: argparse.Namespace) -> "_Task":
     return split, test_set, partial(finetune_classifier, benchmark, split)
 
 
+def _cifar10(options: argparse.Namespace) -> "_Task":
+    from functools import partial
+
+    from .training.cifar10 import finetune_cifar10, load_cifar10
+
+    folder = options.data or os.environ.get("POOD_DATA")
+    if not folder:
+        raise ValueError(
+            "--benchmark cifar10 needs images and weights: name their folder by --data"
+        )
+    data = load_cifar10(folder)
+    data.split.to(options.device)
+    return data.split, data.test, partial(finetune_cifar10, data, device=options.device)
+
+
 #: By benchmark: from the options to a classifier, its ID test set and what fine-tunes it. That is
 #: called with train, seed, checkpoint, resume and progress, and with epochs, learning_rate and
 #: arguments of the loss where they are given, and returns the history.
-_FINETUNING: dict[str, "Callable[[argparse.Namespace], _Task]"] = {"digits": _digits}
+_FINETUNING: dict[str, "Callable[[argparse.Namespace], _Task]"] = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+}
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ..dataset.digits import GreyPatches, HandwrittenDigits, UniformNoise
 from ..model.split import SplitModel
-from ..training import EnergyClusterSampler, finetune
-from ..training.variants import make_criterion
+from ..training.variants import finetune_variant
 
 _ID_CLASSES = range(6)
 
@@ -246,23 +245,20 @@ def finetune_classifier(
     :raises LookupError: if there is no such way to fine-tune, or its loss has no such argument
     """
     settings = {"learning_rate": 1e-3, **FINETUNING.get(train, {}), **settings}
-    learning_rate = settings.pop("learning_rate")
-    criterion = make_criterion(train, **settings)
     order = torch.Generator().manual_seed(seed)
     id_loader, outlier_loader = (
         DataLoader(dataset, batch_size=64, shuffle=True, generator=order)
         for dataset in (benchmark.train_set(), benchmark.outlier_set())
     )
-    return finetune(
+    return finetune_variant(
         split,
         id_loader,
-        None if train == "ce" else outlier_loader,
-        criterion,
+        outlier_loader,
+        train,
+        learning_rate=settings.pop("learning_rate"),
+        hyperparameters=settings,
+        seed=seed,
         epochs=epochs,
-        optimizer=torch.optim.SGD(
-            split.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True
-        ),
-        sampler=EnergyClusterSampler(seed=seed) if train == "greg+" else None,
         device=device,
         checkpoint=checkpoint,
         resume=resume,
