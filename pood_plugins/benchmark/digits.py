@@ -267,6 +267,7 @@ def finetune_classifier(
 
 
 def _stack(dataset: Dataset, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    loader = DataLoader(dataset, batch_size=256)
+    # with a generator of its own, since iterating draws a number from one
+    loader = DataLoader(dataset, batch_size=256, generator=torch.Generator())
     x, y = (torch.cat(batches).to(device) for batches in zip(*loader))
     return x, y
