@@ -84,6 +84,19 @@ def list_benchmarks() -> List[str]:
     return _names("benchmark")
 
 
+def list_plugins(kind: str = "detector") -> Dict[str, PluginInfo]:
+    """
+    All classes of a kind by name, sorted, as ``distribution:Name`` where several claim one name.
+
+    :param kind: ``"detector"``, ``"loss"`` or ``"benchmark"``
+    :raises ValueError: if there is no such kind
+    """
+    index = _index(kind)
+    infos = {info for found in index.values() for info in found}
+    named = {i.name if len(index[_key(i.name)]) == 1 else i.qualified_name: i for i in infos}
+    return dict(sorted(named.items()))
+
+
 def get_info(
     name: str, kind: str = "detector", aliases: Optional[Mapping[str, str]] = None
 ) -> PluginInfo:
@@ -125,9 +138,7 @@ def _normalized(distribution: str) -> str:
 
 
 def _names(kind: str) -> List[str]:
-    index = _index(kind)
-    infos = {info for found in index.values() for info in found}
-    return sorted(i.name if len(index[_key(i.name)]) == 1 else i.qualified_name for i in infos)
+    return list(list_plugins(kind))
 
 
 def _index(kind: str) -> Dict[str, List[PluginInfo]]:

@@ -45,11 +45,7 @@ if TYPE_CHECKING:
 
     _Task = tuple[SplitModel, Dataset, Callable[..., list[dict[str, float]]]]
 
-_LISTS = {
-    "detectors": ("detector", registry.list_detectors),
-    "losses": ("loss", registry.list_losses),
-    "benchmarks": ("benchmark", registry.list_benchmarks),
-}
+_KINDS = {"detectors": "detector", "losses": "loss", "benchmarks": "benchmark"}
 _TRAININGS = ("ce", "oe", "energy", "greg", "greg+")
 _LOSS_ARGUMENTS = {
     "alpha": "weight of the outlier or energy term",
@@ -102,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", parents=[common], help="list what is installed")
-    listing.add_argument("kind", nargs="?", choices=list(_LISTS), help="default: everything")
+    listing.add_argument("kind", nargs="?", choices=list(_KINDS), help="default: everything")
     listing.set_defaults(run=_list)
 
     benchmark = commands.add_parser(
@@ -163,15 +159,13 @@ def _positive(text: str) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    for plural, (kind, list_names) in _LISTS.items():
-        if options.kind not in (None, plural):
-            continue
-        names = list_names()
-        width = max(map(len, names), default=0)
-        print(f"{plural} ({len(names)})")
-        for name in names:
-            info = registry.get_info(name, kind)
-            print(f"  {name:{width}}  {info.origin} {info.version}")
+    for plural, kind in _KINDS.items():
+        if options.kind in (None, plural):
+            plugins = registry.list_plugins(kind)
+            width = max(map(len, plugins), default=0)
+            print(f"{plural} ({len(plugins)})")
+            for name, info in plugins.items():
+                print(f"  {name:{width}}  {info.origin} {info.version}")
     return 0
 
 

@@ -52,6 +52,8 @@ for LeNet and ResNet-18.
 
 .. autofunction:: pood_plugins.registry.list_benchmarks
 
+.. autofunction:: pood_plugins.registry.list_plugins
+
 .. autofunction:: pood_plugins.registry.get_info
 
 .. autofunction:: pood_plugins.registry.load
@@ -76,7 +78,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import _loader
-from ._loader import PluginInfo, list_benchmarks, list_detectors, list_losses
+from ._loader import (
+    PluginInfo,
+    list_benchmarks,
+    list_detectors,
+    list_losses,
+    list_plugins,
+)
 
 if TYPE_CHECKING:
     from pytorch_ood.api import Detector
@@ -92,6 +100,7 @@ __all__ = [
     "list_benchmarks",
     "list_detectors",
     "list_losses",
+    "list_plugins",
     "load",
 ]
 
