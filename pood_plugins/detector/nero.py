@@ -11,7 +11,7 @@ The definition implemented here is that of the released code; its formulas are n
 of the paper that we know. The differences are:
 
 - Principal components are exact and deterministic. The released code uses a randomized solver,
-  whose scores change from run to run by up to 2 %.
+  whose scores change from run to run.
 - The number of neurons for the feature ratio (175) and of components (two thirds) are fractions of
   the width of the network by default, so that they fit every network: 175 of 512 is that of a
   ResNet-18. Pass an ``int`` for a fixed count. The released code uses 175 also for the 384

@@ -28,9 +28,9 @@ gradients of single samples, as in the equation, exist only where samples do not
 (evaluation mode, group or layer normalization).
 
 **Cost.** One forward pass, a backward pass to the input that is itself recorded, and a backward
-pass through both: on a ResNet-20, about three times the time and twice the memory of the same step
-without the gradient term (``benchmarks/greg_cost.py``). Attention runs without its fused kernels,
-which have no second derivative.
+pass through both: on a ResNet-20, about three times the time and more than twice the memory of the
+same step without the gradient term (``benchmarks/greg_cost.py``). Attention runs without its fused
+kernels, which have no second derivative.
 
 ..  autoclass:: pood_plugins.loss.GRegLoss
     :members:

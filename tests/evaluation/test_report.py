@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_files(report, tmp_path):
     }
     content = json.loads((tmp_path / "new" / "results.json").read_text())
     assert content["far"] == ["y", "z"]
-    assert content["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert content["versions"]["torch"] == version("torch")
+    assert content["threads"] == torch.get_num_threads()
     assert content["results"][0]["metrics"]["x"]["AUROC"] == [0.5]
     text = (tmp_path / "new" / "results.csv").read_text()
     assert text.splitlines()[1].startswith("a,x,0.500000,")
