@@ -7,11 +7,28 @@ The ``pood`` command.
     $ pood benchmark digits
     $ pood benchmark digits --detectors GROOD,NERO,Energy,KNN --output results/mine
     $ pood benchmark digits --train greg
+    $ pood benchmark cifar10-openood --root data --arch resnet20 --weights resnet20.pt
+    $ pood benchmark folder --train DIR --test DIR --near cats=DIR --far noise=DIR \\
+        --arch resnet18 --weights model.pt --size 224 --mean 0.485 0.456 0.406 \\
+        --std 0.229 0.224 0.225
     $ pood finetune --benchmark digits --train greg+ --epochs 10
 
 ``pood benchmark`` writes ``results.csv``, ``results.json``, ``results.md``, ``roc.png`` and
-``scores.png`` into the output folder, ``results/NAME`` by default. With ``--train``, classifiers
-are fine-tuned with the benchmark's training outliers first.
+``scores.png`` into the output folder, ``results/NAME`` by default.
+
+- ``digits`` trains its own classifiers; with ``--train HOW``, they are fine-tuned with the
+  benchmark's training outliers first.
+- ``cifar10-openood``, ``cifar100-openood``, ``imagenet200-openood`` and ``imagenet-openood`` are
+  OpenOOD's benchmarks on the data sets that are there, see :mod:`pood_plugins.benchmark.openood`.
+- ``folder`` is a benchmark of your own images, see :mod:`pood_plugins.benchmark.folder`.
+- Any other name is that of a benchmark in the registry, made with ``--root`` and ``--option``.
+
+All but digits need a classifier, by ``--arch`` and ``--weights`` (see
+:mod:`pood_plugins.model.zoo`), and how its images were prepared, by ``--size``, ``--mean`` and
+``--std`` if that is not known. They also write ``intervals.png``. With ``--features-cache``, a
+second run over other detectors takes seconds, and one that was interrupted goes on.
+``--detectors all`` adds detectors that need many passes over the images, see
+:mod:`pood_plugins.evaluation.rows` for the rows there are.
 
 ``pood finetune`` fine-tunes one classifier and writes ``model.safetensors``, the state dict of the
 weights, ``history.csv``, one line per step, ``finetune.json``, the settings and the ID accuracy,
@@ -32,7 +49,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +59,14 @@ from . import __version__, registry
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    from .evaluation import Report
     from .model.split import SplitModel
 
     _Task = tuple[SplitModel, Dataset, Callable[..., list[dict[str, float]]]]
 
 _KINDS = {"detectors": "detector", "losses": "loss", "benchmarks": "benchmark"}
 _TRAININGS = ("ce", "oe", "energy", "greg", "greg+")
+_OPENOOD = ("cifar10-openood", "cifar100-openood", "imagenet200-openood", "imagenet-openood")
 _LOSS_ARGUMENTS = {
     "alpha": "weight of the outlier or energy term",
     "beta": "weight of the gradient term",
@@ -104,17 +124,72 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser(
         "benchmark", parents=[common], help="evaluate detectors on a benchmark"
     )
-    benchmark.add_argument("name", metavar="NAME", help="name of the benchmark: digits")
+    benchmark.add_argument(
+        "name", metavar="NAME", help="digits, folder, cifar10-openood, ... or any that is listed"
+    )
     benchmark.add_argument(
         "--detectors",
         metavar="A,B,...",
         help="rows of the table, or 'all' for everything that can be built",
     )
     benchmark.add_argument(
-        "--seeds", type=_positive, default=3, metavar="N", help="networks to train (default: 3)"
+        "--seeds", type=_positive, default=3, metavar="N", help="digits: networks (default: 3)"
     )
     benchmark.add_argument(
-        "--train", choices=_TRAININGS, help="fine-tune the networks first (default: no)"
+        "--train",
+        metavar="HOW|DIR",
+        help=f"digits: fine-tune first, by one of {', '.join(_TRAININGS)}; folder: ID training "
+        "images, one folder per class",
+    )
+    benchmark.add_argument(
+        "--test", type=Path, metavar="DIR", help="folder: ID test images, one folder per class"
+    )
+    for flag in ("--near", "--far"):
+        benchmark.add_argument(
+            flag,
+            type=_named,
+            action="append",
+            default=[],
+            metavar="NAME=DIR",
+            help=f"folder: a {flag[2:]}-OOD set; may be repeated",
+        )
+    benchmark.add_argument("--root", type=Path, metavar="DIR", help="folder with the images")
+    benchmark.add_argument(
+        "--download", action="store_true", help="fetch images and lists that are missing"
+    )
+    benchmark.add_argument(
+        "--option",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument for the benchmark's constructor; may be repeated",
+    )
+    benchmark.add_argument("--arch", metavar="NAME", help="architecture, or package.module:name")
+    benchmark.add_argument(
+        "--weights", metavar="FILE|KEY", help="state dict, or pytorch-ood's key"
+    )
+    benchmark.add_argument("--classes", type=_positive, metavar="N", help="classes of the weights")
+    benchmark.add_argument("--size", type=_positive, metavar="N", help="input size in pixels")
+    for flag in ("--mean", "--std"):
+        benchmark.add_argument(
+            flag, type=float, nargs="+", metavar="X", help="of the channels, for normalization"
+        )
+    benchmark.add_argument(
+        "--features-cache", type=Path, metavar="DIR", help="keep features and scores there"
+    )
+    benchmark.add_argument(
+        "--max-images",
+        type=_positive,
+        metavar="N",
+        help="images of each test set that every detector that needs images scores "
+        "(default: all, but 1000 for the slowest)",
+    )
+    benchmark.add_argument(
+        "--batch-size", type=_positive, default=256, metavar="N", help="default: 256"
+    )
+    benchmark.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read images"
     )
     benchmark.add_argument("--device", default="cpu", help="e.g. cuda (default: cpu)")
     benchmark.add_argument(
@@ -158,6 +233,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
+
+
 def _list(options: argparse.Namespace) -> int:
     for plural, kind in _KINDS.items():
         if options.kind in (None, plural):
@@ -170,25 +252,76 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    if options.name.casefold() != "digits":
-        raise LookupError(f"no benchmark '{options.name}' can be run from here: choose digits")
-    from .evaluation.digits import run_digits
-
     detectors = options.detectors.split(",") if options.detectors else None
-    report = run_digits(
-        detectors, seeds=range(options.seeds), device=options.device, train=options.train
-    )
-    output = options.output or Path("results") / "digits"
+    digits = options.name.casefold() == "digits"
+    report = _run_digits(options, detectors) if digits else _run_images(options, detectors)
+    output = options.output or Path("results") / options.name.casefold()
     report.save(output)
 
     print(report.to_text())
     print("AUROC and FPR95 in percent, OOD is the positive class; * marks the best of a column.")
-    if options.seeds > 1:
+    if digits and options.seeds > 1:
         print(f"Mean ± standard deviation of {options.seeds} networks, trained with seeds from 0.")
+    if not digits:
+        print(
+            "▲ better and ▼ worse in AUROC than the best of pytorch-ood's detectors, by more than "
+            "another draw of the test images explains; ≈ not told apart; [95 % interval]."
+        )
     for result in report.failed:
         print(f"pood: {result.detector} failed: {result.error}", file=sys.stderr)
     print(f"Report: {output}")
     return 1 if report.failed else 0
+
+
+def _run_digits(options: argparse.Namespace, detectors: list[str] | None) -> "Report":
+    if options.train is not None and options.train not in _TRAININGS:
+        choices = ", ".join(_TRAININGS)
+        raise LookupError(f"no way to fine-tune is called {options.train!r}: choose {choices}")
+    from .evaluation.digits import run_digits
+
+    return run_digits(
+        detectors, seeds=range(options.seeds), device=options.device, train=options.train
+    )
+
+
+def _run_images(options: argparse.Namespace, detectors: list[str] | None) -> "Report":
+    known = options.name.casefold()
+    if known not in ("folder", *_OPENOOD):
+        try:
+            registry.get_info(options.name, "benchmark")
+        except LookupError as error:
+            names = ", ".join(("digits", "folder", *_OPENOOD))
+            raise LookupError(f"{error.args[0]}; or one of {names}") from error
+    from .evaluation.images import run_images
+    from .evaluation.rows import SLOW
+
+    limits: Mapping[str, int] = SLOW
+    if options.max_images is not None:
+        limits = defaultdict(lambda: options.max_images)
+    return run_images(
+        options.name,
+        root=options.root,
+        arch=options.arch,
+        weights=options.weights,
+        num_classes=options.classes,
+        size=options.size,
+        mean=options.mean,
+        std=options.std,
+        detectors=detectors,
+        options=dict(options.option),
+        folders={
+            "train": options.train,
+            "test": options.test,
+            "ood": dict(options.near + options.far),
+            "near": [name for name, _ in options.near],
+        },
+        download=options.download,
+        cache_dir=options.features_cache,
+        max_images=limits,
+        device=options.device,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
 
 
 def _finetune(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .report import Result, _import
+from .report import Report, Result, _import
 
 # Okabe and Ito's palette: distinct for all common kinds of color vision
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
@@ -79,6 +79,43 @@ def plot_scores(results: Sequence[Result], ood_names: Sequence[str], path: Path)
     for axis in axes[-1]:
         axis.set_xlabel("outlier score, by rank →")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def plot_intervals(report: Report, path: Path) -> None:
+    """
+    AUROC with its 95 % interval, one panel per OOD set, one line per detector, best on top in the
+    first panel. The vertical line marks the best baseline, filled marks differ from it clearly.
+
+    :param report: report after :meth:`~pood_plugins.evaluation.Report.bootstrap`
+    :param path: file to write
+    """
+    rows = [result.detector for result in report.results if not result.error]
+    first = report.ood_names[0]
+    rows.sort(key=lambda row: report.value(row, first, "AUROC")[0])
+    figure, axes = _figure(1, len(report.ood_names), width=3.2, height=0.24 * len(rows) + 0.6)
+    for axis, name in zip(axes[0], report.ood_names):
+        for y, row in enumerate(rows):
+            value, _ = report.value(row, name, "AUROC")
+            low, high = report.interval(row, name, "AUROC")
+            difference = report.difference(row, name)
+            own = not next(r for r in report.results if r.detector == row).baseline
+            color = _OOD_COLOR if own else _ID_COLOR
+            axis.plot([100 * low, 100 * high], [y, y], color=color, linewidth=1.2)
+            clear = difference is not None and difference.clear
+            axis.plot(100 * value, y, "D" if own else "o", color=color, ms=4.5, fillstyle="none")
+            if clear:
+                axis.plot(100 * value, y, "D" if own else "o", color=color, ms=4.5)
+        baseline = report.best_baseline(name)
+        if baseline is not None:
+            best = 100 * report.value(baseline, name, "AUROC")[0]
+            axis.axvline(best, color="#555555", linewidth=0.8, linestyle="--")
+        axis.set(title=name, xlabel="AUROC [%]", ylim=(-0.7, len(rows) - 0.3))
+        # a few that guess, or are worse, would press all others together
+        values = sorted(100 * report.value(row, name, "AUROC")[0] for row in rows)
+        axis.set_xlim(left=max(values[0] - 2, min(values[len(values) // 2] - 12, values[-1] - 5)))
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_yticks(range(len(rows)), rows if name == first else [""] * len(rows))
     _save(figure, path)
 
 

@@ -6,11 +6,21 @@ mean. AUROC, AUPR and FPR95 are those of :class:`pytorch_ood.metrics.OODMetrics`
 positive class: FPR95 is the share of ID samples that are flagged when 95 % of the OOD samples are
 found. All are fractions in :math:`[0, 1]`.
 
+:meth:`Report.bootstrap` adds what another draw of the test images might have given: 95 %
+confidence intervals, and for each row the paired difference in AUROC to the best baseline, which
+is the row of pytorch-ood's own detectors with the highest AUROC. In tables, ▲ and ▼ mark rows that
+are better and worse than it by more than such a draw explains, and ≈ marks the others.
+
 ..  autoclass:: pood_plugins.evaluation.Report
     :members:
 
 ..  autoclass:: pood_plugins.evaluation.report.Result
     :members:
+
+Statistics
+----------
+
+.. automodule:: pood_plugins.evaluation.statistics
 """
 
 from __future__ import annotations
@@ -30,10 +40,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .statistics import Difference, bootstrap, interval, paired
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 METRICS = ("AUROC", "AUPR-IN", "AUPR-OUT", "FPR95")
+_MEANS = ("near", "far")
 
 
 @dataclass
@@ -52,6 +65,8 @@ class Result:
     fit_seconds: float | None = None  #: without extraction of stored features
     score_seconds: float | None = None  #: for all OOD sets, the ID test set once with each
     error: str | None = None  #: why there are no metrics
+    images: int | None = None  #: of each test set, if only a part was scored
+    baseline: bool = False  #: whether it is one of the detectors that others are compared with
 
     def add(
         self, ood_name: str, metrics: dict[str, float], scores_id: Tensor, scores_ood: Tensor
@@ -73,6 +88,8 @@ class Report:
         near_ood_names: Sequence[str] = (),
         far_ood_names: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
+        missing: Mapping[str, str] | None = None,
+        notes: Mapping[str, str] | None = None,
     ):
         """
         :param results: one result per detector
@@ -80,13 +97,18 @@ class Report:
         :param near_ood_names: those that the near-OOD mean is taken over
         :param far_ood_names: those that the far-OOD mean is taken over
         :param metadata: further entries of the json, e.g. the seed
+        :param missing: sets that the benchmark should have and has not, with the reason
+        :param notes: what is to be said of sets that it has
         """
         self.results = list(results)
         self.ood_names = list(ood_names)
         self.near_ood_names = list(near_ood_names)
         self.far_ood_names = list(far_ood_names)
         self.metadata = dict(metadata or {})
+        self.missing = dict(missing or {})
+        self.notes = dict(notes or {})
         self._parts: list[Report] = []
+        self._resampled: dict[tuple[str, str], Tensor] = {}
 
     @classmethod
     def combine(
@@ -124,7 +146,13 @@ class Report:
                     setattr(result, attribute, None if None in values else fmean(values))
             results.append(result)
         combined = cls(
-            results, first.ood_names, first.near_ood_names, first.far_ood_names, metadata
+            results,
+            first.ood_names,
+            first.near_ood_names,
+            first.far_ood_names,
+            metadata,
+            first.missing,
+            first.notes,
         )
         combined._parts = list(reports)
         return combined
@@ -143,19 +171,86 @@ class Report:
             one
         :raises KeyError: if there is no such value
         """
-        names = {"near": self.near_ood_names, "far": self.far_ood_names}.get(column, [column])
+        names = self._sets_of(column)
         result = next(r for r in self.results if r.detector == detector)
         mean = fmean(result.metrics[name][metric] for name in names)
         if len(self._parts) < 2:
             return mean, None
         return mean, stdev(part.value(detector, column, metric)[0] for part in self._parts)
 
+    def bootstrap(self, n: int = 1000, seed: int = 0) -> None:
+        """
+        Resamples the test images, so that tables, files and pictures show intervals and paired
+        differences. See :func:`~pood_plugins.evaluation.statistics.bootstrap`.
+
+        :param n: number of resamples
+        :param seed: seed of the resamples
+        :raises ValueError: if the report combines several, which shows their deviation instead
+        """
+        if self._parts:
+            raise ValueError("Resample reports of one network each, before combining them.")
+        good = [result for result in self.results if not result.error]
+        for stream, name in enumerate(self.ood_names):
+            same_images: dict[int | None, list[Result]] = {}
+            for result in good:
+                same_images.setdefault(result.images, []).append(result)
+            for group in same_images.values():
+                scores = [result.scores[name] for result in group]
+                values = torch.stack(bootstrap(scores, n=n, seed=seed, stream=stream))
+                for result, row in zip(group, values.unbind(1)):
+                    self._resampled[result.detector, name] = row
+        for mean in _MEANS:
+            for result in good:
+                if names := self._sets_of(mean):
+                    parts = [self._resampled[result.detector, name] for name in names]
+                    self._resampled[result.detector, mean] = torch.stack(parts).mean(dim=0)
+
+    def interval(self, detector: str, column: str, metric: str) -> tuple[float, float]:
+        """
+        :param detector: name of the row
+        :param column: name of an OOD set, ``"near"`` or ``"far"``
+        :param metric: AUROC or FPR95
+        :return: ends of the 95 % interval, after :meth:`bootstrap`
+        :raises KeyError: if there is no such interval
+        """
+        row = ("AUROC", "FPR95").index(metric)
+        low, high = interval(self._resampled[detector, column][row])
+        return float(low), float(high)
+
+    def best_baseline(self, column: str) -> str | None:
+        """
+        :param column: name of an OOD set, ``"near"`` or ``"far"``
+        :return: name of the baseline with the highest AUROC of those that scored all images
+        """
+        rows = [r for r in self.results if r.baseline and not r.error and r.images is None]
+        if not rows or not self._sets_of(column):
+            return None
+        return max(rows, key=lambda r: self.value(r.detector, column, "AUROC")[0]).detector
+
+    def difference(self, detector: str, column: str) -> Difference | None:
+        """
+        :param detector: name of the row
+        :param column: name of an OOD set, ``"near"`` or ``"far"``
+        :return: its AUROC less that of the best baseline, on the same images, after
+            :meth:`bootstrap`; ``None`` if there is nothing to compare
+        """
+        baseline = self.best_baseline(column)
+        result = next(r for r in self.results if r.detector == detector)
+        if baseline in (None, detector) or result.error or result.images is not None:
+            return None
+        return paired(self._resampled[detector, column][0], self._resampled[baseline, column][0])  # type: ignore[index]
+
+    def _sets_of(self, column: str) -> list[str]:
+        return {"near": self.near_ood_names, "far": self.far_ood_names}.get(column, [column])
+
     @property
     def frame(self) -> DataFrame:
         """
         One line per detector and column (OOD set, ``near``, ``far``), as a
         :class:`pandas.DataFrame`. Where reports were combined, columns ending in ``_std`` hold the
-        standard deviation. A failed detector has one line with its ``error``.
+        standard deviation. After :meth:`bootstrap`, ``_low`` and ``_high`` hold intervals, and
+        ``AUROC_difference`` is the mean difference to the baseline named in ``best_baseline``. A
+        failed detector has one line with its ``error``.
         """
         pandas = _import("pandas")
         lines: list[dict[str, Any]] = []
@@ -171,6 +266,9 @@ class Report:
                     line[metric] = value
                     if self._parts:
                         line[f"{metric}_std"] = std
+                if self._resampled:
+                    line.update(self._statistics(result, column))
+                line["images"] = result.images
                 line["accuracy"] = result.accuracy
                 line["fit_seconds"] = result.fit_seconds
                 line["score_seconds"] = result.score_seconds
@@ -178,11 +276,22 @@ class Report:
                 lines.append(line)
         return pandas.DataFrame(lines)
 
+    def _statistics(self, result: Result, column: str) -> dict[str, Any]:
+        line: dict[str, Any] = {}
+        for metric in ("AUROC", "FPR95"):
+            ends = (None, None) if result.error else self.interval(result.detector, column, metric)
+            line[f"{metric}_low"], line[f"{metric}_high"] = ends
+        difference = None if result.error else self.difference(result.detector, column)
+        line["best_baseline"] = self.best_baseline(column) if difference else None
+        for name, attribute in (("", "mean"), ("_low", "low"), ("_high", "high")):
+            value = getattr(difference, attribute) if difference else None
+            line[f"AUROC_difference{name}"] = value
+        return line
+
     @property
     def columns(self) -> list[str]:
         """OOD sets, then ``near`` and ``far`` where these have more than one set."""
-        means = {"near": self.near_ood_names, "far": self.far_ood_names}
-        return self.ood_names + [mean for mean, names in means.items() if len(names) > 1]
+        return self.ood_names + [mean for mean in _MEANS if len(self._sets_of(mean)) > 1]
 
     def save(self, directory: str | os.PathLike) -> None:
         """
@@ -213,11 +322,14 @@ class Report:
             "ood": self.ood_names,
             "near": self.near_ood_names,
             "far": self.far_ood_names,
+            "missing": self.missing,
+            "notes": self.notes,
             "results": [
                 {
                     "detector": result.detector,
                     "class": result.class_name,
                     "error": result.error,
+                    "images": result.images,
                     "accuracy": [part.results[i].accuracy for part in parts],
                     "fit_seconds": [part.results[i].fit_seconds for part in parts],
                     "score_seconds": [part.results[i].score_seconds for part in parts],
@@ -229,6 +341,15 @@ class Report:
                         for name in self.ood_names
                         if not result.error
                     },
+                    **(
+                        {
+                            "statistics": {
+                                column: self._statistics(result, column) for column in self.columns
+                            }
+                        }
+                        if self._resampled and not result.error
+                        else {}
+                    ),
                 }
                 for i, result in enumerate(self.results)
             ],
@@ -237,11 +358,13 @@ class Report:
 
     def to_markdown(self) -> str:
         """
-        :return: table of AUROC and FPR95 in percent, the best of each column in bold
+        :return: table of AUROC and FPR95 in percent, the best of each column in bold, and below it
+            what is to be said of the sets
         """
         header, *rows = self._table(lambda text: f"**{text}**")
         lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        return table + "".join(f"\n{note}\n" for note in self.remarks)
 
     def to_text(self) -> str:
         """
@@ -253,18 +376,33 @@ class Report:
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
             for line in table
         ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self.remarks]) + "\n"
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences below the table: what its sets are, what is missing, what is only a part."""
+        remarks = []
+        if self.missing or self.notes:
+            near, far = (", ".join(names) or "none" for names in map(self._sets_of, _MEANS))
+            remarks.append(f"Near-OOD: {near}. Far-OOD: {far}.")
+        if self.notes:
+            remarks.append(". ".join(f"{name}: {note}" for name, note in self.notes.items()) + ".")
+        if self.missing:
+            sets = "; ".join(f"{name} ({why})" for name, why in self.missing.items())
+            remarks.append(f"Missing: {sets}.")
+        return remarks
 
     def plot(self, directory: str | os.PathLike) -> list[Path]:
         """
         Draws ``roc.png`` (ROC curves of all detectors) and ``scores.png`` (distributions of the
-        scores), one panel per OOD set. Of combined reports, the first is drawn.
+        scores), one panel per OOD set, and after :meth:`bootstrap` also ``intervals.png`` (AUROC
+        and its intervals). Of combined reports, the first is drawn.
 
         :param directory: where to write, created if need be
         :return: the files
         :raises ImportError: if matplotlib is not installed
         """
-        from .plots import plot_roc, plot_scores
+        from .plots import plot_intervals, plot_roc, plot_scores
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -274,10 +412,14 @@ class Report:
         files = [directory / "roc.png", directory / "scores.png"]
         plot_roc(results, self.ood_names, files[0])
         plot_scores(results, self.ood_names, files[1])
+        if self._resampled:
+            files.append(directory / "intervals.png")
+            plot_intervals(self, files[2])
         return files
 
     def _table(self, mark: Any) -> list[list[str]]:
-        good = [result for result in self.results if not result.error]
+        # the few images of a part may flatter
+        good = [result for result in self.results if not result.error and result.images is None]
         best = {}
         for column in self.columns:
             for metric, better in (("AUROC", max), ("FPR95", min)):
@@ -288,28 +430,46 @@ class Report:
         def cell(name: str, column: str, metric: str) -> str:
             value, std = self.value(name, column, metric)
             text = f"{100 * value:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-            return mark(text) if round(value, 3) == best[column, metric] else text
+            whole = any(result.detector == name for result in good)
+            return mark(text) if whole and round(value, 3) == best[column, metric] else text
+
+        versus = {}
+        if self._resampled:
+            baselines = {mean: self.best_baseline(mean) for mean in _MEANS}
+            versus = {mean: name for mean, name in baselines.items() if name is not None}
 
         names = {
             "near": f"near ({len(self.near_ood_names)})",
             "far": f"far ({len(self.far_ood_names)})",
         }
         columns = [names.get(column, column) for column in self.columns]
+        columns += [f"{mean} vs {name}" for mean, name in versus.items()]
         table = [["AUROC / FPR95", *columns, "ID accuracy", "fit s", "score s"]]
         for result in self.results:
             if result.error:
-                cells = ["failed"] * len(self.columns) + [""]
+                cells = ["failed"] * len(self.columns) + [""] * (len(versus) + 1)
             else:
                 cells = [
                     f"{cell(result.detector, c, 'AUROC')} / {cell(result.detector, c, 'FPR95')}"
                     for c in self.columns
                 ]
+                cells += [_signed(self.difference(result.detector, mean)) for mean in versus]
                 cells.append("" if result.accuracy is None else f"{100 * result.accuracy:.1f}")
+            name = result.detector
+            if result.images is not None:
+                name += f" [{result.images:,} images]"
             times = [result.fit_seconds, result.score_seconds]
-            table.append(
-                [result.detector, *cells, *("" if t is None else f"{t:.2f}" for t in times)]
-            )
+            table.append([name, *cells, *("" if t is None else f"{t:.2f}" for t in times)])
         return table
+
+
+def _signed(difference: Difference | None) -> str:
+    """A difference in AUROC in percentage points, with its interval."""
+    if difference is None:
+        return ""
+    sign = ("▲" if difference.low > 0 else "▼") if difference.clear else "≈"
+    mean, low, high = (100 * v for v in (difference.mean, difference.low, difference.high))
+    return f"{sign} {mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def environment() -> dict[str, Any]:

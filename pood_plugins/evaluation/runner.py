@@ -22,15 +22,27 @@ What the runner adds to ``evaluate``:
   them.
 - Rows carry the names that you gave, so a detector may occur several times, with different
   settings.
-- A detector that fails becomes a row with its reason, and the others go on.
+- A detector that fails becomes a row with its reason, and the others go on. Images that can't be
+  read end the run, since figures of the other images would be those of another benchmark.
+- Detectors that need images score every data set once, and not the ID test set once with each OOD
+  set. ``max_images`` has the slowest of them score a random part.
+- With ``cache_dir``, features are kept, and so are the scores of detectors that need images: a
+  second run over other detectors takes seconds, and one that was interrupted goes on.
+- Packs of images are transformed on the device, a batch at a time.
 
 ..  autofunction:: pood_plugins.evaluation.run
+
+Cache
+-----
+
+.. automodule:: pood_plugins.evaluation.cache
 """
 
 import logging
+import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,10 +50,12 @@ import torch
 from pytorch_ood.api import Detector, FeaturesDetector, GradientDetector, LogitsDetector
 from pytorch_ood.benchmark import Benchmark
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from ..dataset.packs import ImagePack, PackLoader
 from ..model.split import SplitModel
+from .cache import Cache, of_dataset, of_module, of_settings
 from .report import Report, Result
 
 log = logging.getLogger(__name__)
@@ -53,6 +67,8 @@ def run(
     *,
     device: str | torch.device = "cpu",
     loader_kwargs: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    max_images: Mapping[str, int] | None = None,
 ) -> Report:
     """
     Fits the detectors and evaluates them on all OOD sets of a benchmark.
@@ -61,13 +77,20 @@ def run(
     shown if the output is a terminal.
 
     :param benchmark: where training and test sets come from. Its attributes ``near_ood_names`` and
-        ``far_ood_names``, if there are any, say which OOD sets are averaged as near- and far-OOD.
+        ``far_ood_names``, if there are any, say which OOD sets are averaged as near- and far-OOD,
+        ``missing`` and ``notes`` what is to be said of sets, and ``num_classes`` how many columns
+        the classifier must have.
     :param detectors: detectors by the name of their row
     :param device: where to compute
     :param loader_kwargs: arguments for :class:`torch.utils.data.DataLoader`, e.g. ``{"batch_size":
         256}``, which is the default. Data are never shuffled.
+    :param cache_dir: folder for features and scores, see :class:`~.cache.Cache`; default is to
+        keep nothing
+    :param max_images: by the name of a row whose detector needs images, how many images of each
+        test set it scores, drawn at random with a fixed seed
     :return: report with one result per detector
-    :raises ValueError: if there are no detectors, or a data set has no ID or no OOD samples
+    :raises ValueError: if there are no detectors, a data set has no ID or no OOD samples, an image
+        can't be read, or labels don't fit the classifier
     """
     if not detectors:
         raise ValueError("No detectors to evaluate. Pass a dictionary of at least one.")
@@ -75,18 +98,21 @@ def run(
     arguments = {"batch_size": 256, **(loader_kwargs or {}), "shuffle": False}
     names = list(benchmark.ood_names)
     sources = {name: _Source(detector) for name, detector in detectors.items()}
+    data = _Data(benchmark, arguments, device, Cache(cache_dir))
     stored: dict[_Source, _Stored] = {}
     for source in sources.values():
         if source:
             same = stored.setdefault(source, _Stored(source, names, device))
             same.head = same.head or source.head
-    labels: list[Tensor] = []  # of the test sets, read only if a detector needs images
+    for source in stored.values():
+        _check_classes(benchmark, source.head)
     results = []
 
     with tqdm(total=len(detectors), desc="detectors", disable=None) as progress:
         for name, detector in detectors.items():
             progress.set_postfix_str(name)
             result = Result(detector=name, class_name=type(detector).__name__)
+            result.baseline = type(detector).__module__.startswith("pytorch_ood.")
             source = sources[name]
             try:
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -97,11 +123,11 @@ def run(
                     detector.to(device)
                     if source:
                         features = stored[source]
-                        features.extract(benchmark, arguments, fit=detector.requires_fit)
+                        features.extract(data, fit=detector.requires_fit)
                         _evaluate_stored(detector, source, features, result)
                     else:
-                        labels = labels or _read_labels(benchmark, arguments)
-                        _evaluate_raw(detector, benchmark, arguments, device, labels, result)
+                        result.images = _limit(max_images or {}, name, data)
+                        _evaluate_raw(detector, data, result)
             except _BrokenBenchmark as error:
                 raise ValueError(str(error)) from None
             except Exception as error:
@@ -115,11 +141,100 @@ def run(
         ood_names=names,
         near_ood_names=list(getattr(benchmark, "near_ood_names", [])),
         far_ood_names=list(getattr(benchmark, "far_ood_names", [])),
+        missing=getattr(benchmark, "missing", {}),
+        notes=getattr(benchmark, "notes", {}),
+        metadata={
+            "images": {name: len(dataset) for name, dataset in data.test_sets()},  # type: ignore[arg-type]
+            "forward_seconds": sum(features.seconds for features in stored.values()),
+        },
     )
 
 
 class _BrokenBenchmark(Exception):
     """The benchmark, and not a detector, is at fault."""
+
+
+class _Data:
+    """The data sets of a benchmark as batches, and how to recognise them."""
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        arguments: Mapping[str, Any],
+        device: torch.device,
+        cache: Cache,
+    ):
+        self.benchmark = benchmark
+        self.arguments = arguments
+        self.device = device
+        self.cache = cache
+        self._test_sets: list[tuple[str, Dataset]] = []
+        self._keys: dict[int, str | None] = {}  # by identity of data sets, which are kept here
+        self._kept: list[Dataset] = []
+
+    def test_sets(self) -> list[tuple[str, Dataset]]:
+        """The ID test set, named ID, and the OOD test sets."""
+        self._test_sets = self._test_sets or _test_sets(self.benchmark)
+        return self._test_sets
+
+    def key(self, dataset: Dataset) -> str | None:
+        if self.cache.directory is None:
+            return None
+        if id(dataset) not in self._keys:
+            self._kept.append(dataset)
+            self._keys[id(dataset)] = of_dataset(dataset)
+            if self._keys[id(dataset)] is None:
+                log.warning(f"{type(dataset).__name__} can't be recognised: it is not cached.")
+        return self._keys[id(dataset)]
+
+    def batches(self, dataset: Dataset, description: str) -> Iterable[tuple[Tensor, Tensor]]:
+        """Batches, any number of times. What can't be read is the benchmark's fault."""
+        return _Batches(dataset, self.arguments, self.device, description)
+
+
+class _Batches:
+    def __init__(
+        self,
+        dataset: Dataset,
+        arguments: Mapping[str, Any],
+        device: torch.device,
+        description: str,
+    ):
+        if isinstance(dataset, ImagePack):
+            batch_size = arguments["batch_size"]
+            self.loader: Any = PackLoader(dataset, batch_size, device=device)
+        else:
+            self.loader = DataLoader(dataset, **arguments)
+        self.description = description
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        progress = tqdm(total=len(self), desc=self.description, leave=False, disable=None)
+        with progress:
+            batches = iter(self.loader)
+            while True:
+                try:
+                    x, y = next(batches)
+                except StopIteration:
+                    return
+                except (OSError, RuntimeError, ValueError) as error:
+                    # of an error in a worker process, the last line says what it was
+                    reason = str(error).strip().splitlines()[-1] if str(error) else repr(error)
+                    raise _BrokenBenchmark(f"{self.description}: {reason}") from error
+                yield x, y
+                progress.update()
+
+
+def _check_classes(benchmark: Benchmark, head: nn.Module | None) -> None:
+    expected = getattr(benchmark, "num_classes", None)
+    columns = getattr(head, "out_features", None)
+    if expected is not None and columns is not None and expected != columns:
+        raise ValueError(
+            f"the classifier has {columns} classes, but {type(benchmark).__name__} has "
+            f"{expected}: choose weights that were trained on its classes"
+        )
 
 
 class _Source:
@@ -166,28 +281,46 @@ class _Stored(Benchmark):
         self.train: tuple[Tensor, Tensor] | None = None
         self.known: tuple[Tensor, Tensor] | None = None
         self.unknown: list[tuple[Tensor, Tensor]] = []
+        self.seconds = 0.0  # that the producer took, now or when it filled the cache
+        self._model_key: str | None = None
 
-    def extract(self, benchmark: Benchmark, arguments: Mapping[str, Any], fit: bool) -> None:
+    def extract(self, data: _Data, fit: bool) -> None:
         """Runs the producer over whatever is not stored yet."""
         if self.known is None:
-            known, *unknown = [
-                self._output(dataset, arguments, f"test {name}")
-                for name, dataset in _test_sets(benchmark)
-            ]
+            known, *unknown = [self._output(data, d, f"test {n}") for n, d in data.test_sets()]
             self.known, self.unknown = known, unknown
+            self._check_labels(known[1])
         if fit and self.train is None:
-            self.train = self._output(benchmark.train_set(), arguments, "train")
+            train = self._output(data, data.benchmark.train_set(), "train")
+            self._check_labels(train[1])
+            self.train = train
 
-    def _output(
-        self, dataset: Dataset, arguments: Mapping[str, Any], description: str
-    ) -> tuple[Tensor, Tensor]:
-        outputs, labels = [], []
-        loader = DataLoader(dataset, **arguments)
-        with torch.no_grad():
-            for x, y in tqdm(loader, desc=description, leave=False, disable=None):
-                outputs.append(self.source.producer(x.to(self.device)).flatten(1).cpu())
-                labels.append(y)
-        return torch.cat(outputs), torch.cat(labels)
+    def _output(self, data: _Data, dataset: Dataset, description: str) -> tuple[Tensor, Tensor]:
+        def compute() -> dict[str, Any]:
+            outputs, labels = [], []
+            start = time.perf_counter()
+            with torch.no_grad():
+                for x, y in data.batches(dataset, description):
+                    outputs.append(self.source.producer(x.to(self.device)).flatten(1).cpu())
+                    labels.append(y.cpu())
+            seconds = time.perf_counter() - start
+            return {"features": torch.cat(outputs), "y": torch.cat(labels), "seconds": seconds}
+
+        key: dict[str, str | None] = {"data": data.key(dataset), "device": self.device.type}
+        if data.cache.directory is not None:
+            self._model_key = self._model_key or of_module(self.source.producer)
+            key["model"] = self._model_key
+        stored = data.cache.get(f"features {description}", key, compute)
+        self.seconds += stored["seconds"]
+        return stored["features"], stored["y"]
+
+    def _check_labels(self, labels: Tensor) -> None:
+        columns = getattr(self.head, "out_features", None)
+        if columns is not None and int(labels.max()) >= columns:
+            raise _BrokenBenchmark(
+                f"there is a label {int(labels.max())}, but the classifier has {columns} classes: "
+                "labels must be columns of the classifier"
+            )
 
     def train_set(self) -> Dataset:
         return [self.train]  # type: ignore[return-value]
@@ -253,22 +386,89 @@ def _evaluate_stored(detector: Detector, source: _Source, stored: _Stored, resul
         setattr(detector, attribute, original)
 
 
-def _evaluate_raw(
-    detector: Detector,
-    benchmark: Benchmark,
-    arguments: Mapping[str, Any],
-    device: torch.device,
-    labels: list[Tensor],
-    result: Result,
-) -> None:
+class _Replay(Detector):
+    """Gives scores that are there already to upstream's ``evaluate``."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        return x
+
+    def fit(self, data_loader: DataLoader) -> "_Replay":
+        return self
+
+
+def _evaluate_raw(detector: Detector, data: _Data, result: Result) -> None:
     """Fits and evaluates a detector that needs images."""
-    if detector.requires_fit:
-        start = time.perf_counter()
-        loader = DataLoader(benchmark.train_set(), **arguments)
-        detector.fit(tqdm(loader, desc="fit", leave=False, disable=None))
-        result.fit_seconds = time.perf_counter() - start
-    with torch.no_grad():
-        _evaluate(detector, benchmark, arguments, device, labels, result)
+    train = data.benchmark.train_set() if detector.requires_fit else None
+    sets = [(name, _drawn(dataset, result.images)) for name, dataset in data.test_sets()]
+
+    def compute() -> dict[str, Any]:
+        fit_seconds = None
+        if train is not None:
+            start = time.perf_counter()
+            detector.fit(data.batches(train, "fit"))  # type: ignore[attr-defined]
+            fit_seconds = time.perf_counter() - start
+        scores, labels, seconds = [], [], 0.0
+        for name, dataset in sets:
+            parts = []
+            for x, y in data.batches(dataset, f"test {name}"):
+                start = time.perf_counter()
+                with torch.no_grad():
+                    parts.append(detector(x.to(data.device)).detach().flatten().cpu())
+                seconds += time.perf_counter() - start
+                labels.append(y.cpu())
+            scores.append(torch.cat(parts))
+        return {
+            "scores": scores,
+            "labels": list(torch.cat(labels).split([len(part) for part in scores])),
+            "fit_seconds": fit_seconds,
+            "score_seconds": seconds,
+        }
+
+    key: dict[str, str | None] = {"device": data.device.type}
+    if data.cache.directory is not None:
+        key |= _key(detector)
+        key |= {name: data.key(dataset) for name, dataset in sets}
+        key["train"] = "none" if train is None else data.key(train)
+    stored = data.cache.get(f"scores {type(detector).__name__}", key, compute)
+
+    replayed = _Stored(_Source(detector), data.benchmark.ood_names, torch.device("cpu"))
+    replayed.known, *replayed.unknown = zip(stored["scores"], stored["labels"])
+    labels = [torch.cat([stored["labels"][0], y]) for y in stored["labels"][1:]]
+    _evaluate(_Replay(), replayed, {"batch_size": None}, replayed.device, labels, result)
+    result.fit_seconds, result.score_seconds = stored["fit_seconds"], stored["score_seconds"]
+
+
+def _limit(max_images: Mapping[str, int], row: str, data: _Data) -> int | None:
+    """How many images of each test set a row scores, if that is only a part of some."""
+    try:
+        limit = max_images[row]
+    except KeyError:
+        return None
+    largest = max(len(dataset) for _, dataset in data.test_sets())  # type: ignore[arg-type]
+    return limit if limit < largest else None
+
+
+def _drawn(dataset: Dataset, n: int | None) -> Dataset:
+    """A random part of a data set, the same in every run."""
+    if n is None or n >= len(dataset):  # type: ignore[arg-type]
+        return dataset
+    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    rows = rows[:n].sort().values
+    return dataset.subset(rows) if isinstance(dataset, ImagePack) else Subset(dataset, rows)  # type: ignore[arg-type]
+
+
+def _key(detector: Detector) -> dict[str, str | None]:
+    """What the scores of a detector depend on besides data."""
+    record = getattr(detector, "build_record", None)
+    if record is None:
+        return {"detector": None}
+    models = [of_module(model) for model in _models(detector)]
+    return {
+        "detector": f"{record.info.qualified_name} {record.info.version}",
+        "arguments": of_settings(record.hyperparameters),
+        "settings": of_settings(detector.get_hyperparameters()),
+        "models": None if None in models else " ".join(map(str, models)),
+    }
 
 
 def _evaluate(
@@ -347,15 +547,6 @@ def _recorded(detector: Detector) -> Iterator[_Record]:
     finally:
         for method in methods:
             delattr(detector, method)
-
-
-def _read_labels(benchmark: Benchmark, arguments: Mapping[str, Any]) -> list[Tensor]:
-    """Labels of each test set, ID and OOD."""
-    known, *unknown = [
-        torch.cat([y for _, y in DataLoader(dataset, **arguments)])
-        for _, dataset in _test_sets(benchmark)
-    ]
-    return [torch.cat([known, ood]) for ood in unknown]
 
 
 def _models(detector: Detector) -> Iterator[nn.Module]:

@@ -1,0 +1,213 @@
+"""
+Runs detectors on a benchmark of images with a given classifier. This is what ``pood benchmark``
+does for any benchmark but digits.
+
+..  autofunction:: pood_plugins.evaluation.images.run_images
+
+Rows
+----
+
+..  automodule:: pood_plugins.evaluation.rows
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_ood.benchmark import Benchmark
+
+from .. import registry
+from ..benchmark.folder import FolderBenchmark
+from ..benchmark.openood import OPENOOD_NAMES, is_packed, openood
+from ..model.split import split_model
+from ..model.zoo import Preprocessing, load_classifier
+from .report import Report
+from .rows import SLOW, RowBuilder
+from .runner import run
+
+log = logging.getLogger(__name__)
+
+_CLASSES = {
+    "cifar10-openood": 10,
+    "cifar100-openood": 100,
+    "imagenet200-openood": 200,
+    "imagenet-openood": 1000,
+}
+
+
+def run_images(
+    name: str,
+    *,
+    root: str | os.PathLike | None = None,
+    arch: str | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    detectors: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    folders: Mapping[str, Any] | None = None,
+    download: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    max_images: Mapping[str, int] | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 256,
+    workers: int = 0,
+) -> Report:
+    """
+    :param name: ``cifar10-openood``, ``cifar100-openood``, ``imagenet200-openood``,
+        ``imagenet-openood``, ``folder``, or any benchmark of the registry
+    :param root: folder with the images
+    :param arch: architecture, see :func:`~pood_plugins.model.zoo.load_classifier`
+    :param weights: state dict or key, likewise
+    :param num_classes: number of classes of the weights, if the benchmark does not tell
+    :param size: height and width of the network's inputs, if its preprocessing is not known
+    :param mean: means of the channels, likewise
+    :param std: standard deviations of the channels, likewise
+    :param detectors: rows, see :mod:`pood_plugins.evaluation.rows`. Default is all detectors of
+        logits and features; ``"all"`` as the only one adds those that need images.
+    :param options: further arguments for the benchmark's constructor
+    :param folders: for ``folder``, the arguments ``train``, ``test``, ``ood`` and ``near`` of
+        :class:`~pood_plugins.benchmark.FolderBenchmark`
+    :param download: whether to fetch what is missing
+    :param cache_dir: see :func:`~pood_plugins.evaluation.run`
+    :param max_images: likewise; default is 1000 for the slowest detectors
+    :param device: where to compute
+    :param batch_size: images per batch
+    :param workers: processes that read images
+    :return: report, with intervals
+    :raises LookupError: if a name is unknown
+    :raises ValueError: if data, weights or preprocessing are missing or don't fit
+    :raises OSError: if a file can't be read
+    """
+    start = time.perf_counter()
+    known = name.casefold()
+    packed = root is not None and is_packed(known, root)
+
+    def make(transform: Any) -> Benchmark:
+        if known == "folder":
+            return _folder(folders or {}, transform)
+        if known not in OPENOOD_NAMES:
+            return _registered(name, root, options or {}, transform)
+        if root is None:
+            raise ValueError("there is no folder with the images: name it by --root")
+        extra = {"download": True} if download else {}
+        return openood(known, root, transform, **extra, **(options or {}))
+
+    if num_classes is None and known == "folder":
+        num_classes = make(None).num_classes  # type: ignore[attr-defined]
+    model, preprocessing = load_classifier(arch, weights, num_classes or _CLASSES.get(known))
+    preprocessing = _preprocessing(preprocessing, size, mean, std)
+    transform: Any = preprocessing
+    if isinstance(preprocessing, Preprocessing):
+        transform = preprocessing.normalize if packed else preprocessing.transform
+    benchmark = make(transform)
+
+    (example_set,) = benchmark.test_sets(known=True, unknown=False)
+    example = example_set[0][0][None]
+    split = split_model(model.to(device), example=example.repeat(2, 1, 1, 1).to(device))
+    expected = getattr(benchmark, "num_classes", None)
+    if expected not in (None, split.head.out_features):
+        raise ValueError(
+            f"the classifier has {split.head.out_features} classes, but {name} has {expected}: "
+            "choose weights that were trained on its classes"
+        )
+    rows = RowBuilder(
+        split,
+        benchmark,
+        shape=tuple(example.shape[1:]),
+        normalize=getattr(preprocessing, "normalize", None),
+        batch_size=batch_size,
+    )
+    everything = detectors is not None and [d.casefold() for d in detectors] == ["all"]
+    if detectors is None or everything:
+        built, refused = rows.build_all(images=everything)
+        for row, reason in refused.items():
+            log.info(f"{row} is left out: {reason}")
+    else:
+        built, refused = dict(rows.build(detector) for detector in detectors), {}
+    limits = SLOW if max_images is None else max_images
+    report = run(
+        benchmark,
+        built,
+        device=device,
+        loader_kwargs={"batch_size": batch_size, "num_workers": workers},
+        cache_dir=cache_dir,
+        max_images=limits,
+    )
+    if any(not result.error for result in report.results):
+        report.bootstrap()
+    report.metadata.update(
+        benchmark=name,
+        arch=arch,
+        weights=None if weights is None else Path(weights).name if arch else weights,
+        preprocessing=repr(transform),
+        packed=packed,
+        left_out=refused,
+        device=str(device),
+        seconds=round(time.perf_counter() - start, 1),
+    )
+    return report
+
+
+def _preprocessing(
+    found: Preprocessing | Callable | None,
+    size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Preprocessing | Callable:
+    given = (size, mean, std)
+    if given == (None, None, None):
+        if found is None:
+            raise ValueError(
+                "the preprocessing of this classifier is not known, and a wrong one scores "
+                "silently wrong: give --size, --mean and --std of its training"
+            )
+        return found
+    known = found if isinstance(found, Preprocessing) else None
+    parts = [size or (known and known.size), mean or (known and known.mean)]
+    parts.append(std or (known and known.std))
+    if None in parts:
+        raise ValueError("the preprocessing is not complete: give --size, --mean and --std")
+    return Preprocessing(parts[0], tuple(parts[1]), tuple(parts[2]))  # type: ignore[arg-type]
+
+
+def _folder(folders: Mapping[str, Any], transform: Callable | None) -> Benchmark:
+    for argument in ("train", "test"):
+        if not folders.get(argument):
+            raise ValueError(f"the folder benchmark needs --{argument} DIR")
+    return FolderBenchmark(
+        folders["train"],
+        folders["test"],
+        ood=folders.get("ood", {}),
+        near=folders.get("near", ()),
+        transform=transform,
+    )
+
+
+def _registered(
+    name: str, root: Any, options: Mapping[str, Any], transform: Callable | None
+) -> Benchmark:
+    benchmark_class = registry.load(name, "benchmark")
+    parameters = inspect.signature(benchmark_class).parameters
+    given: dict[str, Any] = {"root": root} if root is not None else {}
+    if "transform" in parameters:
+        given["transform"] = transform
+    given.update(options)
+    unknown = [argument for argument in given if argument not in parameters]
+    if unknown:
+        raise ValueError(
+            f"{name} has no option {', '.join(unknown)}: it has {', '.join(parameters) or 'none'}"
+        )
+    try:
+        return benchmark_class(**given)
+    except TypeError as error:
+        raise ValueError(f"{name} can't be made ({error}): give --option KEY=VALUE") from error
