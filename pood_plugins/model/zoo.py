@@ -122,7 +122,7 @@ def _construct(arch: str, num_classes: int | None) -> Any:
             "timm (pip install timm) or pytorch_ood.model, or package.module:callable"
         )
     try:
-        construct: Any = getattr(import_module(where), name)
+        build: Any = getattr(import_module(where), name)
     except (ImportError, AttributeError) as error:
         raise LookupError(f"{arch} can't be imported ({error}): correct --arch") from error
     takes_classes = num_classes is not None and _takes_classes(build)
@@ -152,7 +152,7 @@ def _torchvision(name: str, num_classes: int) -> nn.Module | None:
 def _pytorch_ood(name: str, num_classes: int) -> nn.Module | None:
     import pytorch_ood.model
 
-    found = getattr(pytorch_ood.model, name, None)
+    found: Any = getattr(pytorch_ood.model, name, None)
     is_model = inspect.isclass(found) and issubclass(found, nn.Module)
     return found(num_classes=num_classes) if is_model and _takes_classes(found) else None
 
