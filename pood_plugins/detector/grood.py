@@ -36,7 +36,11 @@ implementation does the following:
 - The score is the plain distance; the released code negates its square. The ranking is the same.
 - The bank holds the training samples that the classifier gets right, as in the released code; the
   paper's algorithm states no such filter.
-- ``temperature`` is an addition. With 1, the default, the method is that of the paper.
+- ``temperature`` is an addition. With 1, the default, the method is that of the paper. The paper's
+  softmax over plain distances means something else for every scale of the features, so
+  ``temperature="auto"`` takes an eighth of the mean distance of the ID samples to their class
+  prototype. That figure, and ``mixup=0.0, k=10`` with it, is what validation data chose on
+  CIFAR-10; :doc:`cifar10` shows the search.
 - ``mixup`` and :func:`mixup_prototype` weight the sample by 0.5, as the released code does; the
   paper leaves its :math:`\\lambda` open in the parts we know.
 
@@ -78,10 +82,15 @@ from ..neighbors import kth_distance
 log = logging.getLogger(__name__)
 
 _SOURCES = ("auto", "outliers", "mixup", "mean")
+# of the mean distance of ID samples to their prototype, for temperature="auto"
+_SPREAD_FRACTION = 1 / 8
 
 
 def grood_gradients(
-    z: Tensor, prototypes: Tensor, ood_prototype: Tensor, temperature: float = 1.0
+    z: Tensor,
+    prototypes: Tensor,
+    ood_prototype: Tensor,
+    temperature: Union[float, Tensor] = 1.0,
 ) -> Tensor:
     """
     Gradients of the nearest-class-prototype loss with respect to the OOD prototype :math:`o`.
@@ -102,7 +111,8 @@ def grood_gradients(
     :param z: features of shape :math:`B \\times D`
     :param prototypes: class prototypes of shape :math:`C \\times D`
     :param ood_prototype: OOD prototype of shape :math:`D`
-    :param temperature: :math:`T > 0`, in units of the feature distance
+    :param temperature: :math:`T > 0`, a number or a tensor of no dimension, in units of the
+        feature distance
     :return: gradients of shape :math:`B \\times D`, float64 if ``z`` is float64, otherwise float32
     """
     points = torch.cat([prototypes, ood_prototype[None]]).double()
@@ -182,7 +192,7 @@ class GROOD(FeaturesDetector):
         n_synthetic: Union[int, float] = 1000,
         mixup: float = 0.5,
         k: Union[int, float] = 1,
-        temperature: float = 1.0,
+        temperature: Union[float, str] = 1.0,
         bank_fraction: float = 1.0,
         seed: int = 0,
     ):
@@ -204,7 +214,8 @@ class GROOD(FeaturesDetector):
         :param k: which neighbor in the bank the score is taken from, as a count or a fraction of
             the bank; read when scoring. Paper and code use 1.
         :param temperature: temperature :math:`T` of the softmax, in units of the feature distance.
-            The paper has none, which is 1.
+            The paper has none, which is 1. ``"auto"`` is an eighth of the mean distance of the ID
+            samples to the prototype of their class.
         :param bank_fraction: fraction of the bank to keep, drawn at random. Memory and scoring
             time are proportional to it.
         :param seed: seed of the random draws for ``"mixup"`` and ``bank_fraction``
@@ -228,7 +239,9 @@ class GROOD(FeaturesDetector):
         self.bank_: Optional[Tensor] = None
         #: class ids of the prototypes, ascending
         self.classes_: Optional[List[int]] = None
-        self._fitted_temperature: Optional[float] = None
+        #: temperature of the fit, of no dimension: what ``"auto"`` came to
+        self.temperature_: Optional[Tensor] = None
+        self._fitted_temperature: Union[float, str, None] = None
 
         self._check_hyperparameters()
 
@@ -301,17 +314,21 @@ class GROOD(FeaturesDetector):
             z, known, outliers, prototypes, classes, generator, batch_size
         )
 
+        temperature = self._make_temperature(z, known, position, prototypes, batch_size)
+
         flags = []
         for rows, target in zip(known.split(batch_size), position.split(batch_size)):
             correct = _logits(self.head, z[rows]).argmax(dim=1) == classes.to(device)[target]
-            gradients = grood_gradients(z[rows], prototypes, ood_prototype, self.temperature)
+            gradients = grood_gradients(z[rows], prototypes, ood_prototype, temperature)
             flags.append(torch.stack([correct, (gradients == 0).all(dim=1)]))
         finite = torch.isfinite(z).all(dim=1)
         prototype_finite = torch.isfinite(ood_prototype).all()[None]
         # the only device-to-host read of a fit
-        packed = torch.cat([finite, prototype_finite, *torch.cat(flags, dim=1)]).cpu()
-        finite, prototype_finite, correct, vanished = packed.split(
-            [len(z), 1, len(known), len(known)]
+        packed = torch.cat(
+            [finite, prototype_finite, (temperature > 0)[None], *torch.cat(flags, dim=1)]
+        ).cpu()
+        finite, prototype_finite, spread, correct, vanished = packed.split(
+            [len(z), 1, 1, len(known), len(known)]
         )
         _raise_if_not_finite(finite)
         if not bool(prototype_finite):
@@ -320,6 +337,11 @@ class GROOD(FeaturesDetector):
                 "features."
             )
 
+        if not bool(spread):
+            raise ValueError(
+                "temperature='auto' needs ID features that differ within their class, but all lie "
+                "on the prototype of theirs. Check the features, or give a number."
+            )
         bank = correct.nonzero()[:, 0]
         if len(bank) == 0:
             bank = torch.arange(len(known))
@@ -334,7 +356,7 @@ class GROOD(FeaturesDetector):
         if share > 0.01:
             warnings.warn(
                 f"{share:.0%} of the bank have a gradient of norm 0, so their scores tie. Use a "
-                f"larger temperature than {self.temperature:g}, or smaller features."
+                f"larger temperature than {self.temperature}, or smaller features."
             )
         if len(classes) < columns:
             missing = sorted(set(range(columns)) - set(classes.tolist()))
@@ -346,13 +368,14 @@ class GROOD(FeaturesDetector):
         rows = known[bank.to(device)]
         self.bank_ = torch.cat(
             [
-                grood_gradients(z[chunk], prototypes, ood_prototype, self.temperature)
+                grood_gradients(z[chunk], prototypes, ood_prototype, temperature)
                 for chunk in rows.split(batch_size)
             ]
         )
         self.prototypes_ = prototypes
         self.ood_prototype_ = ood_prototype
         self.classes_ = classes.tolist()
+        self.temperature_ = temperature
         self._fitted_temperature = self.temperature
         return self
 
@@ -385,12 +408,12 @@ class GROOD(FeaturesDetector):
         :raises ValueError: if the features are not finite or of the wrong shape, or ``k`` exceeds
             the bank
         """
-        prototypes, ood_prototype, bank = self._fitted_state()
+        prototypes, ood_prototype, bank, temperature = self._fitted_state()
         self._check_hyperparameters()
         _check_features(z, bank.shape[1])
 
         def gradients(chunk: Tensor) -> Tensor:
-            return grood_gradients(chunk, prototypes, ood_prototype, self.temperature)
+            return grood_gradients(chunk, prototypes, ood_prototype, temperature)
 
         z = z.detach().to(bank.device).float()
         k = _count("k", self.k, len(bank))
@@ -443,15 +466,27 @@ class GROOD(FeaturesDetector):
             total += mixed.double().sum(dim=0)
         return (total / size).float()
 
-    def _fitted_state(self) -> Tuple[Tensor, Tensor, Tensor]:
-        if self.prototypes_ is None or self.ood_prototype_ is None or self.bank_ is None:
+    def _make_temperature(
+        self, z: Tensor, known: Tensor, position: Tensor, prototypes: Tensor, batch_size: int
+    ) -> Tensor:
+        if not isinstance(self.temperature, str):
+            return torch.tensor(self.temperature, dtype=torch.float64, device=z.device)
+        total = torch.zeros((), dtype=torch.float64, device=z.device)
+        for rows, target in zip(known.split(batch_size), position.split(batch_size)):
+            total += (z[rows].double() - prototypes[target].double()).norm(dim=1).sum()
+        return _SPREAD_FRACTION * total / len(known)
+
+    def _fitted_state(self) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        prototypes, ood_prototype = self.prototypes_, self.ood_prototype_
+        bank, temperature = self.bank_, self.temperature_
+        if prototypes is None or ood_prototype is None or bank is None or temperature is None:
             raise RequiresFittingException()
         if self.temperature != self._fitted_temperature:
             raise RequiresFittingException(
                 f"temperature was changed from {self._fitted_temperature} to {self.temperature} "
                 "after fitting, and the bank depends on it. Call fit() again."
             )
-        return self.prototypes_, self.ood_prototype_, self.bank_
+        return prototypes, ood_prototype, bank, temperature
 
     def _check_hyperparameters(self) -> None:
         source = self.ood_prototype
@@ -470,10 +505,10 @@ class GROOD(FeaturesDetector):
         _check_fraction("bank_fraction", self.bank_fraction)
         _count("n_synthetic", self.n_synthetic, 1)
         _count("k", self.k, 1)
-        number = isinstance(self.temperature, (int, float))
-        if not number or not 0 < self.temperature < math.inf:
+        number = self.temperature if isinstance(self.temperature, (int, float)) else -1
+        if self.temperature != "auto" and not 0 < number < math.inf:
             raise ValueError(
-                f"temperature must be a finite number > 0, got {self.temperature!r}. "
+                f"temperature must be a finite number > 0 or 'auto', got {self.temperature!r}. "
                 "1.0 is the paper's method."
             )
 

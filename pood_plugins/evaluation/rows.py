@@ -13,8 +13,8 @@ of its OOD prototype:
                              layer; two passes over the training images
 ``GROOD (mix-up LAYER)``     the same after the module called so, e.g. ``layer1``
 ``GROOD (outliers)``         mean of the benchmark's training outliers, if it has any
-``GROOD (auto)``             the setting found on CIFAR-10: ``temperature="auto"``, k = 10 and
-                             mix-up closer to the prototype, ``mixup=0.2``
+``GROOD (auto)``             the setting that validation data chose on CIFAR-10:
+                             ``temperature="auto", k=10, mixup=0.0, n_synthetic=1.0``
 ===========================  ======================================================================
 """
 
@@ -117,7 +117,7 @@ class RowBuilder:
         if source == "mean":
             return {"ood_prototype": "mean"}
         if source == "auto":
-            return {"temperature": "auto", "k": 10, "mixup": 0.2}
+            return {"temperature": "auto", "k": 10, "mixup": 0.0, "n_synthetic": 1.0}
         if source == "noise":
             if self.shape is None:
                 raise ValueError("noise needs the shape of an image")

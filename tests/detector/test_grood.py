@@ -400,7 +400,7 @@ class TestPredict:
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"k": True}, r"k must be a count \(int\) or a fraction \(float\), got True"),
         ({"k": 5.0}, r"k must be a fraction"),
-        ({"temperature": "auto"}, "temperature must be a finite number > 0, got 'auto'. 1.0 is"),
+        ({"temperature": "Auto"}, "temperature must be a finite number > 0 or 'auto', got 'Auto'"),
         ({"temperature": 0.0}, "temperature must be a finite number > 0"),
         ({"temperature": math.inf}, "temperature must be a finite number > 0"),
         ({"temperature": math.nan}, "temperature must be a finite number > 0"),
@@ -661,3 +661,62 @@ class TestNoisePrototype:
         head = linear(torch.full((2, 192), math.nan), torch.zeros(2))
         with pytest.raises(ValueError, match="NaN or infinite features. Check"):
             noise_prototype(lambda x: x / 0, head, (3, 8, 8))
+
+
+def test_auto_temperature_is_an_eighth_of_the_spread():
+    """Explicit loop over samples, and the same scores as with that number given."""
+    head, z, labels = problem()
+    detector = GROOD(None, head, temperature="auto").fit_features(z, labels)
+    distances = []
+    for sample, label in zip(z, labels):
+        if label >= 0:
+            mean = z[labels == label].double().mean(dim=0)
+            distances.append(float((sample.double() - mean).norm()))
+    expected = sum(distances) / len(distances) / 8
+    assert float(detector.temperature_) == pytest.approx(expected, rel=1e-6)
+    same = GROOD(None, head, temperature=float(detector.temperature_)).fit_features(z, labels)
+    assert torch.equal(detector.predict_features(z), same.predict_features(z))
+
+
+def test_auto_temperature_follows_the_scale_of_the_features():
+    """Scores do not depend on the unit of the features, which those of a fixed temperature do."""
+    head, z, labels = problem()
+    scaled = nn.Linear(head.in_features, head.out_features).requires_grad_(False)
+    scaled.weight.copy_(head.weight / 16)
+    scaled.bias.copy_(head.bias)
+    one, other = (
+        GROOD(None, h, temperature="auto").fit_features(c * z, labels).predict_features(c * z)
+        for h, c in ((head, 1.0), (scaled, 16.0))
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    fixed, other = (
+        GROOD(None, h).fit_features(c * z, labels).predict_features(c * z)
+        for h, c in ((head, 1.0), (scaled, 16.0))
+    )
+    assert not torch.allclose(fixed, other, rtol=1e-2)
+
+
+def test_auto_temperature_does_not_depend_on_chunks_or_order():
+    head, z, labels = problem()
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(3))
+    one = GROOD(None, head, temperature="auto").fit_features(z, labels)
+    other = GROOD(None, head, temperature="auto").fit_features(z[order], labels[order], 7)
+    torch.testing.assert_close(one.temperature_, other.temperature_, rtol=1e-6, atol=0)
+
+
+def test_auto_temperature_without_spread_is_refused():
+    head, z, labels = problem()
+    detector = GROOD(None, head, temperature="auto").fit_features(z, labels)
+    bank = detector.bank_
+    same = torch.stack([z[labels == label][0] for label in labels])
+    with pytest.raises(ValueError, match="needs ID features that differ within their class"):
+        detector.fit_features(same, labels)
+    assert detector.bank_ is bank
+
+
+def test_changing_to_auto_needs_a_new_fit():
+    head, z, labels = problem()
+    detector = GROOD(None, head).fit_features(z, labels)
+    detector.temperature = "auto"
+    with pytest.raises(RequiresFittingException, match="from 1.0 to auto"):
+        detector.predict_features(z)
