@@ -25,7 +25,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -183,9 +183,12 @@ class Network:
         return name, registry.build("GROOD", self.split, **settings)
 
 
-def build(network: Network) -> tuple[dict[str, Detector], dict[str, str]]:
+def build(network: Network, images: bool) -> tuple[dict[str, Detector], dict[str, str]]:
     """Detectors with their default settings, and GROOD with each source of its prototype."""
     rows, refused = network.rows.build_all(images=True)
+    for name in [name for name in rows if not (images or uses_features(type(rows[name])))]:
+        del rows[name]
+        refused[name] = "needs images, and was not run with this network"
     for name in [name for name in rows if name.startswith("GROOD (")]:
         del rows[name]
     outliers, _ = network.features(network.data.outliers, "outliers")
@@ -204,7 +207,7 @@ def build(network: Network) -> tuple[dict[str, Detector], dict[str, str]]:
     return rows, refused
 
 
-def tune(network: Network, log: dict[str, Any]) -> dict[str, Detector]:
+def tune(network: Network, images: bool, log: dict[str, Any]) -> dict[str, Detector]:
     """Detectors with the settings that validation data choose among those that they declare."""
     data, split, settings = network.data, network.split, network.settings
     z, y = network.features(data.train_set(), "train")
@@ -220,7 +223,7 @@ def tune(network: Network, log: dict[str, Any]) -> dict[str, Detector]:
         except ValueError:
             continue
         space = usable(detector)
-        if not space:
+        if not space or not (images or uses_features(detector_class)):
             continue
         start = time.perf_counter()
         if uses_features(detector_class):
@@ -233,9 +236,9 @@ def tune(network: Network, log: dict[str, Any]) -> dict[str, Detector]:
             setattr(detector, attribute, original)
         else:
             fit = PackLoader(drawn(data.train_set(), settings.tuning_fit), 256)
-            images = [b for d in (id_set, ood_set) for b in PackLoader(drawn(d, 1000), 256)]
+            batches = [b for d in (id_set, ood_set) for b in PackLoader(drawn(d, 1000), 256)]
             with torch.no_grad():
-                search = GridSearch(detector, fit, images, hyperparameter_space=space)
+                search = GridSearch(detector, fit, batches, hyperparameter_space=space)
                 search.run()
         log[row] = {
             "best": search.best_params_,
@@ -258,20 +261,22 @@ def usable(detector: Detector) -> dict[str, list]:
     return space
 
 
-def run_network(name: str, folder: Path, settings: Settings, cache_dir: Path) -> dict[str, Any]:
+def run_network(
+    name: str, folder: Path, settings: Settings, cache_dir: Path, images: bool
+) -> dict[str, Any]:
     model, preprocessing = load_classifier(name, str(folder / f"{name}_cifar10.pt"), 10)
     assert isinstance(preprocessing, Preprocessing)
     data = Data(folder, settings, preprocessing.normalize)
     network = Network(model, data, settings, cache_dir)
     print(f"{name}: detectors", flush=True)
-    rows, refused = build(network)
+    rows, refused = build(network, images)
     print(f"{name}: tuning", flush=True)
     tuning: dict[str, Any] = {}
-    tuned = tune(network, tuning)
+    tuned = tune(network, images, tuning)
     limits = dict(SLOW)
     if settings.max_images is not None:
-        images = [r for r, d in {**rows, **tuned}.items() if not uses_features(type(d))]
-        limits = dict.fromkeys(images, settings.max_images)
+        on_images = [r for r, d in {**rows, **tuned}.items() if not uses_features(type(d))]
+        limits = dict.fromkeys(on_images, settings.max_images)
     start = time.perf_counter()
     report = evaluation.run(
         data,
@@ -710,6 +715,20 @@ def plot_overview(content: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
+def begin(path: Path, settings: Settings) -> dict[str, Any]:
+    """What the json has, if it was made with the same settings and packages."""
+    content = {**environment(), "settings": json.loads(json.dumps(asdict(settings)))}
+    del content["commit"]  # each network has its own
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        found = json.loads(path.read_text("utf-8"))
+        for key in ("settings", "versions"):
+            if found.get(key) != content[key]:
+                raise SystemExit(f"{path} was made with other {key}: remove it to start anew")
+        return found
+    return {**content, "networks": {}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The CIFAR-10 benchmark of OpenOOD")
     parser.add_argument("--data", type=Path, default=os.environ.get("POOD_DATA"), metavar="DIR")
@@ -717,6 +736,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="for results")
     parser.add_argument("--figures", type=Path, metavar="DIR")
     parser.add_argument("--networks", default=",".join(NETWORKS), help="default: %(default)s")
+    parser.add_argument(
+        "--images",
+        default=NETWORKS[0],
+        metavar="A,B",
+        help="networks to run the detectors with that need images (default: %(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="few images, for a test")
     parser.add_argument("--draw", action="store_true", help="only tables and figures, from json")
     options = parser.parse_args()
@@ -734,16 +759,20 @@ def main() -> None:
         if options.data is None:
             parser.error("name the folder with the data by --data or POOD_DATA")
         settings = QUICK if options.quick else Settings()
-        content = {**environment(), "networks": {}}
+        content = begin(path, settings)
         for name in options.networks.split(","):
+            if name in content["networks"]:
+                print(f"{name} is in {path} already")
+                continue
             start = time.perf_counter()
-            result = run_network(name, options.data, settings, options.features_cache)
+            images = name in options.images.split(",")
+            result = run_network(name, options.data, settings, options.features_cache, images)
+            result["commit"] = environment()["commit"]
             result["seconds"] = round(time.perf_counter() - start, 1)
             content["networks"][name] = result
-        results.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
-        temporary.replace(path)
+            temporary = path.with_suffix(".part")
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+            temporary.replace(path)
     write_tables(content, results)
     plot_ablations(content, figures)
     plot_overview(content, figures / "cifar10_overview.png")

@@ -1,5 +1,5 @@
 """
-How fast images come from PNG files and from packs in memory, beside the forward pass of a ResNet-20.
+How fast images come from PNG files and from packs in memory, beside a ResNet-20's forward pass.
 
     python benchmarks/data_loading.py --data DIR
 
