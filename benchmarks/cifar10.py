@@ -70,11 +70,12 @@ class Settings:
     train: int | None = None
     test: int | None = None
     tuning_ood: int = 2500  # validation OOD images for GridSearch
-    tuning_fit: int = 5000  # training images that detectors which need images are tuned with
+    tuning_fit: int = 2000  # training images that detectors which need images are tuned with
     search_bank: int = 10_000
     search_ood: int = 5000  # validation OOD images for the search of GROOD's setting
     fractions: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the spread
     neighbors: tuple[int, ...] = (1, 10, 50)
+    choices: int | None = None  # of each hyper-parameter that GridSearch tries
     temperatures: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
     repetitions: int = 3  # seeds of the ablation of the number of synthetic samples
     max_images: int | None = None  # of each test set, for all detectors that need images
@@ -88,6 +89,7 @@ QUICK = Settings(
     search_bank=300,
     fractions=(1 / 8, 1.0),
     neighbors=(1,),
+    choices=1,
     temperatures=(0.5, 1.0),
     repetitions=2,
     max_images=16,
@@ -106,7 +108,8 @@ class Data(PackedCIFAR10):
         self._sets[UNSEEN] = whole.subset(coarse[classes] % 2 == 1)
         self.ood_names = ["CIFAR100", UNSEEN, "MNIST", "Textures"]
         self.near_ood_names, self.far_ood_names = [UNSEEN], ["MNIST", "Textures"]
-        self.notes[UNSEEN] = "the 50 classes whose superclass has an odd number, 4,500 images"
+        count = len(self._sets[UNSEEN])
+        self.notes[UNSEEN] = f"{count:,} images, of the 50 classes in superclasses of odd number"
         arrays = read_pack(folder / "cifar100_outliers.webp.zip")
         outliers = ImagePack(arrays["x"], arrays["y"], normalize).relabel(-1)
         of_superclass = arrays["superclass"]
@@ -222,7 +225,7 @@ def tune(network: Network, images: bool, log: dict[str, Any]) -> dict[str, Detec
             row, detector = network.rows.build(name)
         except ValueError:
             continue
-        space = usable(detector)
+        space = {k: v[: settings.choices] for k, v in usable(detector).items()}
         if not space or not (images or uses_features(detector_class)):
             continue
         start = time.perf_counter()

@@ -178,7 +178,7 @@ def main() -> None:
     if options.data is None:
         parser.error("name the folder with the data by --data or POOD_DATA")
     settings = QUICK if options.quick else Settings()
-    if options.quick:
+    if options.quick and options.output == parser.get_default("output"):
         options.work = options.output = Path(tempfile.mkdtemp(prefix="cifar10_resnet18_"))
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

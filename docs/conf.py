@@ -1,5 +1,6 @@
 """Sphinx configuration."""
 
+import re
 from pathlib import Path
 
 from sphinx.util.docutils import SphinxDirective
@@ -23,8 +24,18 @@ html_theme = "furo"
 html_title = "pood-plugins"
 
 
+GREYED = re.compile(r"^(\(.*\) †)$")
+rst_prolog = ".. role:: greyed"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+
+
 class MarkdownTable(SphinxDirective):
-    """Shows a table that a benchmark wrote: ``.. markdown-table:: ../benchmarks/results/x.md``."""
+    """
+    Shows a table that a benchmark wrote: ``.. markdown-table:: ../benchmarks/results/x.md``. Cells
+    such as ``(88.1 / 41.4) †``, which are not to be compared, are greyed. Lines below the table are
+    paragraphs.
+    """
 
     required_arguments = 1
 
@@ -34,10 +45,15 @@ class MarkdownTable(SphinxDirective):
         lines = Path(path).read_text("utf-8").strip().splitlines()
         # a figure and its deviation stay on one line
         lines = [line.replace(" ± ", "\u00a0±\u00a0") for line in lines]
-        header, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+        of_table = [line for line in lines if line.startswith("|")]
+        header, _, *rows = [
+            [cell.strip() for cell in line[1:-1].split(" | ")] for line in of_table
+        ]
+        rows = [[GREYED.sub(r":greyed:`\1`", cell) for cell in row] for row in rows]
         cells = ["   " + ",".join(f'"{cell}"' for cell in row) for row in [header, *rows]]
-        table = "\n".join([".. csv-table::", "   :header-rows: 1", "", *cells])
-        return self.parse_text_to_nodes(table)
+        table = [".. csv-table::", "   :header-rows: 1", "   :class: results", "", *cells, ""]
+        remarks = [line for line in lines if line not in of_table]
+        return self.parse_text_to_nodes("\n".join([*table, *remarks]))
 
 
 def setup(app):

@@ -12,21 +12,19 @@ outliers), OE, Energy, GReg and GReg+.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from pytorch_ood.api import Detector
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .. import registry
 from ..benchmark.digits import Digits, finetune_classifier, train_classifier
-from ..detector import GROOD, mixup_prototype, noise_prototype
 from ..model.split import SplitModel, split_model
 from ..training.variants import DISPLAY_NAMES
 from .report import Report
+from .rows import RowBuilder
 from .runner import run
 
 log = logging.getLogger(__name__)
@@ -80,12 +78,14 @@ def run_digits(
     for seed in tqdm(seeds, desc="seeds", disable=None):
         classifiers = _Classifiers(benchmark, seed, device)
         if detectors is not None and list(detectors) == ["all"]:
-            built = _build_all(classifiers[train], benchmark)
+            built, refused = _rows(classifiers, train).build_all(images=True)
+            for name, reason in refused.items():
+                log.warning(f"{name} is left out: {reason}")
         else:
             names = detectors
             if names is None:
                 names = [n for n in DEFAULT_DETECTORS if train is None or _ARROW not in n]
-            built = dict(_build_row(name, classifiers, train, benchmark) for name in names)
+            built = dict(_build_row(name, classifiers, train) for name in names)
         reports.append(run(benchmark, built, device=device, loader_kwargs=_LOADER))
     metadata = {
         "benchmark": "digits",
@@ -114,61 +114,15 @@ class _Classifiers:
         return self.splits[train]
 
 
-def _build_row(
-    name: str, classifiers: _Classifiers, train: str | None, benchmark: Digits
-) -> tuple[str, Detector]:
+def _build_row(name: str, classifiers: _Classifiers, train: str | None) -> tuple[str, Detector]:
     """Name of the row and detector."""
     first, arrow, last = (part.strip() for part in name.replace("->", _ARROW).partition(_ARROW))
     if not arrow:
-        return _build(name, classifiers[train], benchmark)
+        return _rows(classifiers, train).build(name)
     train = first.casefold()
-    row, detector = _build(last, classifiers[train], benchmark)
+    row, detector = _rows(classifiers, train).build(last)
     return f"{DISPLAY_NAMES[train]} {_ARROW} {row}", detector
 
 
-def _build_all(split: SplitModel, benchmark: Digits) -> dict[str, Detector]:
-    built = {}
-    for name in [*registry.list_detectors(), *_VARIANTS]:
-        try:
-            row, detector = _build(name, split, benchmark)
-        except ValueError as error:
-            log.warning(f"{name} is left out: {error}")
-            continue
-        built[row] = detector
-    return built
-
-
-def _build(name: str, split: SplitModel, benchmark: Digits) -> tuple[str, Detector]:
-    """Name of the row and detector."""
-    for variant, prototype in _VARIANTS.items():
-        if name.casefold() == variant.casefold():
-            return variant, GROOD(
-                split.encoder, split.head, ood_prototype=prototype(split, benchmark)
-            )
-    detector = registry.build(name, split)
-    return registry.display_name(type(detector).__name__), detector
-
-
-def _outliers(split: SplitModel, benchmark: Digits) -> torch.Tensor:
-    with torch.no_grad():
-        loader = DataLoader(benchmark.outlier_set(), **_LOADER)
-        device = split.head.weight.device
-        return torch.cat([split.encoder(x.to(device)) for x, _ in loader]).mean(dim=0)
-
-
-def _early_mixup(split: SplitModel, benchmark: Digits) -> torch.Tensor:
-    assert split.early is not None and split.late is not None
-    loader = DataLoader(benchmark.train_set(), **_LOADER)
-    return mixup_prototype(split.early, split.late, split.head, loader)
-
-
-def _noise(split: SplitModel, benchmark: Digits) -> torch.Tensor:
-    return noise_prototype(split.encoder, split.head, (1, 8, 8))
-
-
-_VARIANTS: dict[str, Callable[[SplitModel, Digits], str | torch.Tensor]] = {
-    "GROOD (mean)": lambda split, benchmark: "mean",
-    "GROOD (early mix-up)": _early_mixup,
-    "GROOD (noise)": _noise,
-    "GROOD (outliers)": _outliers,
-}
+def _rows(classifiers: _Classifiers, train: str | None) -> RowBuilder:
+    return RowBuilder(classifiers[train], classifiers.benchmark, shape=(1, 8, 8), **_LOADER)

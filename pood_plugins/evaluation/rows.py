@@ -101,7 +101,9 @@ class RowBuilder:
         refused = {}
         names = registry.list_detectors()
         variants = ["GROOD (auto)", "GROOD (mean)", "GROOD (noise)"]
-        for name in [*names, *variants, *(["GROOD (early mix-up)"] if images else [])]:
+        variants += ["GROOD (outliers)"] if hasattr(self.benchmark, "outlier_set") else []
+        variants += ["GROOD (early mix-up)"] if images else []
+        for name in [*names, *variants]:
             if name in names and not images and not uses_features(registry.load(name)):
                 continue
             try:

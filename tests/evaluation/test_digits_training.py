@@ -35,7 +35,8 @@ def test_default_rows_of_fine_tuned_classifiers(monkeypatch):
     built, trained = [], []
     monkeypatch.setattr(digits, "train_classifier", lambda *_, **__: digits_classifier())
     monkeypatch.setattr(digits, "finetune_classifier", lambda *given: trained.append(given[2:]))
-    monkeypatch.setattr(digits, "_build", lambda name, *_: built.append(name) or (name, None))
+    build = lambda _, name: built.append(name) or (name, None)  # noqa: E731
+    monkeypatch.setattr(digits.RowBuilder, "build", build)
     monkeypatch.setattr(digits, "run", lambda *_, **__: None)
     monkeypatch.setattr(digits.Report, "combine", lambda reports, metadata: metadata)
 
