@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument(
         "--option",
-        type=_named,
+        type=_option,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=_positive, default=256, metavar="N", help="default: 256"
     )
     benchmark.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that read images"
+        "--workers", type=_count, default=0, metavar="N", help="processes that read images"
     )
     benchmark.add_argument("--device", default="cpu", help="e.g. cuda (default: cpu)")
     benchmark.add_argument(
@@ -233,11 +233,26 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
 def _named(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
     return name, value
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, value = _named(text)
+    try:
+        return name, json.loads(value.lower() if value in ("True", "False") else value)
+    except ValueError:  # text that is no number or other literal stands for itself
+        return name, value
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -252,7 +267,9 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    detectors = options.detectors.split(",") if options.detectors else None
+    detectors = None
+    if options.detectors:
+        detectors = [name.strip() for name in options.detectors.split(",")]
     digits = options.name.casefold() == "digits"
     report = _run_digits(options, detectors) if digits else _run_images(options, detectors)
     output = options.output or Path("results") / options.name.casefold()
@@ -295,6 +312,10 @@ def _run_images(options: argparse.Namespace, detectors: list[str] | None) -> "Re
     from .evaluation.images import run_images
     from .evaluation.rows import SLOW
 
+    oods = [name for name, _ in options.near + options.far]
+    twice = sorted({name for name in oods if oods.count(name) > 1})
+    if twice:
+        raise ValueError(f"two OOD sets are called {', '.join(twice)}: give each its own name")
     limits: Mapping[str, int] = SLOW
     if options.max_images is not None:
         limits = defaultdict(lambda: options.max_images)

@@ -123,7 +123,6 @@ def test_argument_that_the_loss_does_not_have(tmp_path, capsys, monkeypatch):
         ["finetune", "--benchmark", "digits", "--train", "gregg"],
         ["finetune", "--benchmark", "digits", "--epochs", "0"],
         ["finetune", "--benchmark", "digits", "--alpha", "much"],
-        ["benchmark", "digits", "--train", "gregg"],
     ],
 )
 def test_wrong_usage(arguments, capsys):
@@ -131,6 +130,13 @@ def test_wrong_usage(arguments, capsys):
         cli.main(arguments)
     assert stop.value.code == 2
     assert "usage: pood" in capsys.readouterr().err
+
+
+def test_unknown_training(capsys):
+    assert cli.main(["benchmark", "digits", "--train", "gregg"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pood: no way to fine-tune is called 'gregg': choose ce, oe, energy")
+    assert len(error.splitlines()) == 1
 
 
 def test_without_safetensors(tmp_path, capsys, monkeypatch):

@@ -69,6 +69,7 @@ the root folder holds ``openood_index.npz``, the rows of OpenOOD's lists:
     :show-inheritance:
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -101,7 +102,8 @@ __all__ = [
 
 _Path = str | os.PathLike
 
-#: Number of images that OpenOOD v1.5 lists for an OOD set, where a smaller set may pass for it.
+#: Number of images that OpenOOD v1.5 lists for an OOD set of CIFAR, where a smaller set may pass
+#: for it.
 _SIZES = {"CIFAR100": 9000, "CIFAR10": 9000, "MNIST": 70000, "Textures": 5640}
 _INDEX = "openood_index.npz"
 
@@ -126,6 +128,8 @@ class _Partial(Benchmark):
 
     #: upstream's class, which says what there could be
     _whole: type[Any]
+    #: number of images of its OOD sets, where a smaller set may pass for them
+    _sizes: Mapping[str, int] = {}
 
     def _arrange(self, where: _Path, sets: Mapping[str, Dataset | str]) -> None:
         """
@@ -150,7 +154,7 @@ class _Partial(Benchmark):
             raise ValueError(f"{where} holds no OOD set of {name} ({reasons}): add one")
         self.notes = {}
         for name in self.ood_names:
-            there, whole = len(self._sets[name]), _SIZES.get(name)  # type: ignore[arg-type]
+            there, whole = len(self._sets[name]), self._sizes.get(name)  # type: ignore[arg-type]
             if whole is not None and there != whole:
                 self.notes[name] = f"{there:,} of {whole:,} images"
 
@@ -224,7 +228,10 @@ class _FromLists(_Partial):
         if image_net_root is not None:
             if not hasattr(whole, "_link_imagenet"):
                 raise ValueError(f"{type(self).__name__} does not use ImageNet: no image_net_root")
-            whole._link_imagenet(str(root), str(image_net_root))
+            image_net = Path(image_net_root).expanduser().resolve()  # for a link, not relative
+            if not (image_net / "train").is_dir():
+                raise ValueError(f"no folder {image_net / 'train'}: correct image_net_root")
+            whole._link_imagenet(str(root), str(image_net))
         if download:
             from pytorch_ood.benchmark.img.openood import _ensure_imglists
 
@@ -254,6 +261,7 @@ class PartialCIFAR10(_FromLists):
     )
     num_classes = 10
     _whole = CIFAR10_OpenOOD
+    _sizes = _SIZES
 
 
 class PartialCIFAR100(_FromLists):
@@ -265,6 +273,7 @@ class PartialCIFAR100(_FromLists):
     info = PartialCIFAR10.info
     num_classes = 100
     _whole = CIFAR100_OpenOOD
+    _sizes = _SIZES
 
 
 class PartialImageNet200(_FromLists):
@@ -299,6 +308,7 @@ class PackedCIFAR10(_Partial):
     info = PartialCIFAR10.info
     num_classes = 10
     _whole = CIFAR10_OpenOOD
+    _sizes = _SIZES
 
     def __init__(self, root: _Path, transform: Callable[[Tensor], Tensor] | None = None):
         """
@@ -308,7 +318,8 @@ class PackedCIFAR10(_Partial):
         """
         root = Path(root).expanduser()
         try:
-            index = dict(np.load(root / _INDEX, allow_pickle=False))
+            with open(root / _INDEX, "rb") as file:  # which numpy leaves open if it is damaged
+                index = dict(np.load(file, allow_pickle=False))
             known = {name: index[f"cifar10_{name}"] for name in ("test", "val")}
             cifar100 = index["cifar100_as_ood_test"]
         except Exception as error:  # what a damaged file raises depends on where the damage is
@@ -324,7 +335,13 @@ class PackedCIFAR10(_Partial):
             return ImagePack.read(*(root / name for name in names), transform=transform)
 
         def rows(pack: ImagePack | str, of: np.ndarray) -> ImagePack | str:
-            return pack if isinstance(pack, str) else pack.subset(of)
+            try:
+                return pack if isinstance(pack, str) else pack.subset(of)
+            except IndexError as error:
+                raise ValueError(
+                    f"{root / _INDEX} is damaged or belongs to other packs ({error}): copy the "
+                    "files again"
+                ) from error
 
         def outliers(pack: ImagePack | str) -> ImagePack | str:
             return pack if isinstance(pack, str) else pack.relabel(-1)
@@ -367,13 +384,19 @@ def openood(name: str, root: _Path, transform: Callable | None = None, **options
     :param options: further arguments for the class
     :return: the benchmark
     :raises LookupError: if the name is unknown
-    :raises ValueError: if data are missing that must be there
+    :raises ValueError: if data are missing that must be there, or the class has no such argument
     """
     if name not in _CLASSES:
         raise LookupError(f"no benchmark of OpenOOD is called {name!r}: {', '.join(_CLASSES)}")
-    if is_packed(name, root):
-        return PackedCIFAR10(root, transform, **options)
-    return _CLASSES[name](root, transform, **options)
+    chosen: Any = PackedCIFAR10 if is_packed(name, root) else _CLASSES[name]
+    choices = list(inspect.signature(chosen).parameters)[2:]
+    unknown = [option for option in options if option not in choices]
+    if unknown:
+        raise ValueError(
+            f"{chosen.__name__} has no option {', '.join(unknown)}: it has "
+            f"{', '.join(choices) or 'none'}"
+        )
+    return chosen(root, transform, **options)
 
 
 def is_packed(name: str, root: _Path) -> bool:
@@ -413,11 +436,15 @@ def _read_list(path: Path, root: Path, transform: Callable | None) -> ImageFiles
 
 
 def _entries(path: Path) -> Iterator[tuple[str, int]]:
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy the list again") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        file, _, label = line.strip().rpartition(" ")
         try:
+            file, label = line.rsplit(maxsplit=1)  # names of files may hold spaces
             yield file.strip(), int(label)
         except ValueError:
             raise ValueError(

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from pytorch_ood.benchmark import Benchmark
+from torchvision.transforms import Normalize
 
 from .. import registry
 from ..benchmark.folder import FolderBenchmark
@@ -92,23 +93,30 @@ def run_images(
     known = name.casefold()
     packed = root is not None and is_packed(known, root)
 
+    extra = {**({"download": True} if download else {}), **(options or {})}
+    own = ("transform", "name", "root") if known in OPENOOD_NAMES else ("transform",)
+    foreign = [option for option in extra if option in own or known == "folder"]
+    if foreign:
+        raise ValueError(f"{name} has no option {', '.join(foreign)}: leave it out")
+
     def make(transform: Any) -> Benchmark:
         if known == "folder":
             return _folder(folders or {}, transform)
         if known not in OPENOOD_NAMES:
-            return _registered(name, root, options or {}, transform)
+            return _registered(name, root, extra, transform)
         if root is None:
             raise ValueError("there is no folder with the images: name it by --root")
-        extra = {"download": True} if download else {}
-        return openood(known, root, transform, **extra, **(options or {}))
+        return openood(known, root, transform, **extra)
 
     if num_classes is None and known == "folder":
         num_classes = make(None).num_classes  # type: ignore[attr-defined]
     model, preprocessing = load_classifier(arch, weights, num_classes or _CLASSES.get(known))
     preprocessing = _preprocessing(preprocessing, size, mean, std)
     transform: Any = preprocessing
-    if isinstance(preprocessing, Preprocessing):
-        transform = preprocessing.normalize if packed else preprocessing.transform
+    if packed:
+        transform = _for_packs(preprocessing)
+    elif isinstance(preprocessing, Preprocessing):
+        transform = preprocessing.transform
     benchmark = make(transform)
 
     (example_set,) = benchmark.test_sets(known=True, unknown=False)
@@ -124,7 +132,7 @@ def run_images(
         split,
         benchmark,
         shape=tuple(example.shape[1:]),
-        normalize=getattr(preprocessing, "normalize", None),
+        normalize=_normalize(preprocessing),
         batch_size=batch_size,
     )
     everything = detectors is not None and [d.casefold() for d in detectors] == ["all"]
@@ -177,7 +185,30 @@ def _preprocessing(
     parts.append(std or (known and known.std))
     if None in parts:
         raise ValueError("the preprocessing is not complete: give --size, --mean and --std")
+    for flag, values in (("--mean", parts[1]), ("--std", parts[2])):
+        if len(values) not in (1, 3):  # type: ignore[arg-type]
+            raise ValueError(f"{flag} must be 3 numbers, or 1 for all channels, got {values}")
     return Preprocessing(parts[0], tuple(parts[1]), tuple(parts[2]))  # type: ignore[arg-type]
+
+
+def _normalize(preprocessing: Preprocessing | Callable) -> Normalize | None:
+    if isinstance(preprocessing, Preprocessing):
+        return preprocessing.normalize
+    steps = getattr(preprocessing, "transforms", [])  # as pytorch-ood composes them
+    return next((step for step in steps if isinstance(step, Normalize)), None)
+
+
+def _for_packs(preprocessing: Preprocessing | Callable) -> Normalize:
+    """What is left to do with images of 32 pixels in [0, 1]."""
+    size = getattr(preprocessing, "size", 32)
+    if size != 32:
+        raise ValueError(
+            f"images in packs have 32 pixels, but --size is {size}: unpack them into files"
+        )
+    normalize = _normalize(preprocessing)
+    if normalize is None:
+        raise ValueError("the preprocessing of this classifier is not for packs: unpack them")
+    return normalize
 
 
 def _folder(folders: Mapping[str, Any], transform: Callable | None) -> Benchmark:
@@ -201,6 +232,8 @@ def _registered(
     given: dict[str, Any] = {"root": root} if root is not None else {}
     if "transform" in parameters:
         given["transform"] = transform
+    if "download" in parameters:  # upstream's default is to fetch everything
+        given["download"] = False
     given.update(options)
     unknown = [argument for argument in given if argument not in parameters]
     if unknown:

@@ -4,6 +4,7 @@ Pictures of a report: ROC curves and distributions of scores. Needs matplotlib.
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,20 +16,25 @@ from .report import Report, Result, _import
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
 _DASHES = ("-", "--", ":", "-.")
 _ID_COLOR, _OOD_COLOR = "#0072B2", "#D55E00"
+_MOST = 12  # curves in a picture
+_ARROW = 4  # matplotlib's number for a caret with its tip, to the left, at the point
 
 
 def plot_roc(results: Sequence[Result], ood_names: Sequence[str], path: Path) -> None:
     """
     ROC curves, OOD as the positive class, one panel per OOD set, one line per detector. The axis
-    of the FPR is logarithmic, so that good detectors can be told apart.
+    of the FPR is logarithmic, so that good detectors can be told apart. More than twelve lines
+    can't be told apart: of more detectors, those that are no baselines are drawn, and of the
+    baselines those with the best mean AUROC. The table has all.
 
     :param results: results that have scores
     :param ood_names: panels
     :param path: file to write
     """
     figure, axes = _figure(1, len(ood_names), width=4.2, height=4.4)
+    shown = _most_telling(results, ood_names)
     for axis, name in zip(axes[0], ood_names):
-        for i, result in enumerate(results):
+        for i, result in enumerate(shown):
             fpr, tpr = roc_curve(*result.scores[name])
             fpr = fpr.clamp(min=0.5 / len(result.scores[name][0]))  # 0 has no logarithm
             style = {"color": _COLORS[i % 8], "linestyle": _DASHES[i // 8 % 4], "linewidth": 1.3}
@@ -37,8 +43,23 @@ def plot_roc(results: Sequence[Result], ood_names: Sequence[str], path: Path) ->
         axis.set(title=name, xlabel="ID samples flagged (FPR)", xscale="log", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("OOD samples found (TPR)")
-    figure.legend(loc="outside lower center", ncols=min(5, len(results)), frameon=False)
+    left_out = len(results) - len(shown)
+    title = f"{len(shown)} of {len(results)} detectors, the table has all" if left_out else None
+    columns = min(5, len(shown))
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, title=title)
     _save(figure, path)
+
+
+def _most_telling(results: Sequence[Result], ood_names: Sequence[str]) -> list[Result]:
+    """The results to draw if there is no room for all."""
+    if len(results) <= _MOST:
+        return list(results)
+
+    def rank(result: Result) -> tuple[bool, float]:
+        mean = fmean(result.metrics[name]["AUROC"] for name in ood_names)
+        return result.baseline, -mean if result.baseline else 0.0
+
+    return sorted(results, key=rank)[:_MOST]
 
 
 def plot_scores(results: Sequence[Result], ood_names: Sequence[str], path: Path) -> None:
@@ -85,35 +106,42 @@ def plot_scores(results: Sequence[Result], ood_names: Sequence[str], path: Path)
 def plot_intervals(report: Report, path: Path) -> None:
     """
     AUROC with its 95 % interval, one panel per OOD set, one line per detector, best on top in the
-    first panel. The vertical line marks the best baseline, filled marks differ from it clearly.
+    first panel. The vertical line marks the best baseline, filled marks differ from it clearly. An
+    arrow at the left edge marks a detector that is worse than the axis shows.
 
     :param report: report after :meth:`~pood_plugins.evaluation.Report.bootstrap`
     :param path: file to write
     """
-    rows = [result.detector for result in report.results if not result.error]
+    results = [result for result in report.results if not result.error]
     first = report.ood_names[0]
-    rows.sort(key=lambda row: report.value(row, first, "AUROC")[0])
+    results.sort(key=lambda result: report.value(result.detector, first, "AUROC")[0])
+    rows = [result.detector for result in results]
     figure, axes = _figure(1, len(report.ood_names), width=3.2, height=0.24 * len(rows) + 0.6)
     for axis, name in zip(axes[0], report.ood_names):
-        for y, row in enumerate(rows):
-            value, _ = report.value(row, name, "AUROC")
-            low, high = report.interval(row, name, "AUROC")
-            difference = report.difference(row, name)
-            own = not next(r for r in report.results if r.detector == row).baseline
-            color = _OOD_COLOR if own else _ID_COLOR
+        values = [100 * report.value(row, name, "AUROC")[0] for row in rows]
+        # a few that guess, or are worse, would press all others together
+        best, median, worst = max(values), sorted(values)[len(values) // 2], min(values)
+        left = max(worst - 2, min(median - 12, best - 5))
+        for y, (result, value) in enumerate(zip(results, values)):
+            color = _ID_COLOR if result.baseline else _OOD_COLOR
+            low, high = report.interval(result.detector, name, "AUROC")
             axis.plot([100 * low, 100 * high], [y, y], color=color, linewidth=1.2)
-            clear = difference is not None and difference.clear
-            axis.plot(100 * value, y, "D" if own else "o", color=color, ms=4.5, fillstyle="none")
-            if clear:
-                axis.plot(100 * value, y, "D" if own else "o", color=color, ms=4.5)
+            difference = report.difference(result.detector, name)
+            axis.plot(
+                max(value, left),
+                y,
+                marker=_ARROW if value < left else "o" if result.baseline else "D",
+                color=color,
+                markersize=4.5 if value >= left else 7,
+                fillstyle="full" if difference is not None and difference.clear else "none",
+                clip_on=False,
+            )
         baseline = report.best_baseline(name)
         if baseline is not None:
-            best = 100 * report.value(baseline, name, "AUROC")[0]
-            axis.axvline(best, color="#555555", linewidth=0.8, linestyle="--")
+            mark = 100 * report.value(baseline, name, "AUROC")[0]
+            axis.axvline(mark, color="#555555", linewidth=0.8, linestyle="--")
         axis.set(title=name, xlabel="AUROC [%]", ylim=(-0.7, len(rows) - 0.3))
-        # a few that guess, or are worse, would press all others together
-        values = sorted(100 * report.value(row, name, "AUROC")[0] for row in rows)
-        axis.set_xlim(left=max(values[0] - 2, min(values[len(values) // 2] - 12, values[-1] - 5)))
+        axis.set_xlim(left=left)
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(rows)), rows if name == first else [""] * len(rows))
     _save(figure, path)

@@ -119,21 +119,26 @@ class Report:
         :param metadata: further entries of the json
         :return: report of the means; tables show the (sample) standard deviation beside them. A
             detector that failed in one report failed.
-        :raises ValueError: if detectors or OOD sets differ
+        :raises ValueError: if detectors, OOD sets or how many images were scored differ
         """
         first = reports[0]
         for report in reports[1:]:
-            if [r.detector for r in report.results] != [r.detector for r in first.results] or (
-                report.ood_names != first.ood_names
-            ):
+            if [(r.detector, r.images) for r in report.results] != [
+                (r.detector, r.images) for r in first.results
+            ] or report.ood_names != first.ood_names:
                 raise ValueError(
-                    "Only reports of the same detectors and OOD sets can be combined."
+                    "Only reports of the same detectors, OOD sets and numbers of images can be "
+                    "combined."
                 )
         results = []
         for same in zip(*(report.results for report in reports)):
             errors = [result.error for result in same if result.error]
             result = Result(
-                same[0].detector, same[0].class_name, error=errors[0] if errors else None
+                same[0].detector,
+                same[0].class_name,
+                error=errors[0] if errors else None,
+                images=same[0].images,
+                baseline=same[0].baseline,
             )
             if not errors:
                 result.metrics = {
@@ -172,7 +177,9 @@ class Report:
         :raises KeyError: if there is no such value
         """
         names = self._sets_of(column)
-        result = next(r for r in self.results if r.detector == detector)
+        if not names:
+            raise KeyError(column)
+        result = self._result(detector)
         mean = fmean(result.metrics[name][metric] for name in names)
         if len(self._parts) < 2:
             return mean, None
@@ -213,7 +220,7 @@ class Report:
         :return: ends of the 95 % interval, after :meth:`bootstrap`
         :raises KeyError: if there is no such interval
         """
-        row = ("AUROC", "FPR95").index(metric)
+        row = {"AUROC": 0, "FPR95": 1}[metric]
         low, high = interval(self._resampled[detector, column][row])
         return float(low), float(high)
 
@@ -235,10 +242,13 @@ class Report:
             :meth:`bootstrap`; ``None`` if there is nothing to compare
         """
         baseline = self.best_baseline(column)
-        result = next(r for r in self.results if r.detector == detector)
+        result = self._result(detector)
         if baseline in (None, detector) or result.error or result.images is not None:
             return None
         return paired(self._resampled[detector, column][0], self._resampled[baseline, column][0])  # type: ignore[index]
+
+    def _result(self, detector: str) -> Result:
+        return {result.detector: result for result in self.results}[detector]
 
     def _sets_of(self, column: str) -> list[str]:
         return {"near": self.near_ood_names, "far": self.far_ood_names}.get(column, [column])
@@ -394,9 +404,9 @@ class Report:
 
     def plot(self, directory: str | os.PathLike) -> list[Path]:
         """
-        Draws ``roc.png`` (ROC curves of all detectors) and ``scores.png`` (distributions of the
-        scores), one panel per OOD set, and after :meth:`bootstrap` also ``intervals.png`` (AUROC
-        and its intervals). Of combined reports, the first is drawn.
+        Draws ``roc.png`` (ROC curves of at most twelve detectors) and ``scores.png``
+        (distributions of the scores), one panel per OOD set, and after :meth:`bootstrap` also
+        ``intervals.png`` (AUROC and its intervals). Of combined reports, the first is drawn.
 
         :param directory: where to write, created if need be
         :return: the files

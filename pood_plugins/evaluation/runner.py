@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from ..dataset.packs import ImagePack, PackLoader
 from ..model.split import SplitModel
-from .cache import Cache, of_dataset, of_module, of_settings
+from .cache import Cache, of_dataset, of_module, of_value
 from .report import Report, Result
 
 log = logging.getLogger(__name__)
@@ -85,12 +85,12 @@ def run(
     :param loader_kwargs: arguments for :class:`torch.utils.data.DataLoader`, e.g. ``{"batch_size":
         256}``, which is the default. Data are never shuffled.
     :param cache_dir: folder for features and scores, see :class:`~.cache.Cache`; default is to
-        keep nothing
+        keep nothing. A detector whose scores were found there is not fitted afterwards.
     :param max_images: by the name of a row whose detector needs images, how many images of each
         test set it scores, drawn at random with a fixed seed
     :return: report with one result per detector
     :raises ValueError: if there are no detectors, a data set has no ID or no OOD samples, an image
-        can't be read, or labels don't fit the classifier
+        can't be read, labels don't fit the classifier, or ``max_images`` has less than 1
     """
     if not detectors:
         raise ValueError("No detectors to evaluate. Pass a dictionary of at least one.")
@@ -106,6 +106,12 @@ def run(
             same.head = same.head or source.head
     for source in stored.values():
         _check_classes(benchmark, source.head)
+    images = {name: len(dataset) for name, dataset in data.test_sets()}  # type: ignore[arg-type]
+    limits = {
+        name: _limit(max_images, name, max(images.values()))
+        for name, source in sources.items()
+        if max_images is not None and not source
+    }
     results = []
 
     with tqdm(total=len(detectors), desc="detectors", disable=None) as progress:
@@ -116,7 +122,6 @@ def run(
             source = sources[name]
             try:
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    # detectors that draw at random get the same numbers in every run
                     torch.manual_seed(0)
                     for model in _models(detector):
                         model.eval()
@@ -124,9 +129,12 @@ def run(
                     if source:
                         features = stored[source]
                         features.extract(data, fit=detector.requires_fit)
+                        # detectors that draw at random get the same numbers in every run,
+                        # whether features were extracted, which draws some, or stored
+                        torch.manual_seed(0)
                         _evaluate_stored(detector, source, features, result)
                     else:
-                        result.images = _limit(max_images or {}, name, data)
+                        result.images = limits.get(name)
                         _evaluate_raw(detector, data, result)
             except _BrokenBenchmark as error:
                 raise ValueError(str(error)) from None
@@ -144,13 +152,13 @@ def run(
         missing=getattr(benchmark, "missing", {}),
         notes=getattr(benchmark, "notes", {}),
         metadata={
-            "images": {name: len(dataset) for name, dataset in data.test_sets()},  # type: ignore[arg-type]
+            "images": images,
             "forward_seconds": sum(features.seconds for features in stored.values()),
         },
     )
 
 
-class _BrokenBenchmark(Exception):
+class _BrokenBenchmark(ValueError):
     """The benchmark, and not a detector, is at fault."""
 
 
@@ -183,8 +191,6 @@ class _Data:
         if id(dataset) not in self._keys:
             self._kept.append(dataset)
             self._keys[id(dataset)] = of_dataset(dataset)
-            if self._keys[id(dataset)] is None:
-                log.warning(f"{type(dataset).__name__} can't be recognised: it is not cached.")
         return self._keys[id(dataset)]
 
     def batches(self, dataset: Dataset, description: str) -> Iterable[tuple[Tensor, Tensor]]:
@@ -219,9 +225,12 @@ class _Batches:
                     x, y = next(batches)
                 except StopIteration:
                     return
-                except (OSError, RuntimeError, ValueError) as error:
+                except Exception as error:  # what an image raises depends on where it is broken
                     # of an error in a worker process, the last line says what it was
-                    reason = str(error).strip().splitlines()[-1] if str(error) else repr(error)
+                    kind = type(error).__name__
+                    reason = [kind, *str(error).strip().splitlines()][-1]
+                    if not isinstance(error, (OSError, RuntimeError, ValueError)):
+                        reason = f"{kind}: {reason.removeprefix(f'{kind}: ')}"
                     raise _BrokenBenchmark(f"{self.description}: {reason}") from error
                 yield x, y
                 progress.update()
@@ -424,12 +433,23 @@ def _evaluate_raw(detector: Detector, data: _Data, result: Result) -> None:
             "score_seconds": seconds,
         }
 
-    key: dict[str, str | None] = {"device": data.device.type}
-    if data.cache.directory is not None:
-        key |= _key(detector)
-        key |= {name: data.key(dataset) for name, dataset in sets}
-        key["train"] = "none" if train is None else data.key(train)
-    stored = data.cache.get(f"scores {type(detector).__name__}", key, compute)
+    def key() -> dict[str, str | None]:
+        if data.cache.directory is None:
+            return {}
+        return {
+            # the registry tells the version of its distribution
+            "detector": of_value(detector) if hasattr(detector, "build_record") else None,
+            "device": data.device.type,
+            "batch_size": str(data.arguments["batch_size"]),  # some draw at random by batch
+            "train": "none" if train is None else data.key(train),
+            **{f"test {name}": data.key(dataset) for name, dataset in sets},
+        }
+
+    name, before = f"scores {type(detector).__name__}", key()
+    stored = data.cache.get(name, before, compute)
+    if None not in before.values() and (after := key()) != before:
+        # a second run with this very detector, which is fitted now, finds them, too
+        data.cache.get(name, after, lambda: stored)
 
     replayed = _Stored(_Source(detector), data.benchmark.ood_names, torch.device("cpu"))
     replayed.known, *replayed.unknown = zip(stored["scores"], stored["labels"])
@@ -438,13 +458,14 @@ def _evaluate_raw(detector: Detector, data: _Data, result: Result) -> None:
     result.fit_seconds, result.score_seconds = stored["fit_seconds"], stored["score_seconds"]
 
 
-def _limit(max_images: Mapping[str, int], row: str, data: _Data) -> int | None:
-    """How many images of each test set a row scores, if that is only a part of some."""
+def _limit(max_images: Mapping[str, int], row: str, largest: int) -> int | None:
+    """How many images of each test set a row scores, if that is only a part of the largest."""
     try:
-        limit = max_images[row]
+        limit = max_images[row]  # not `get`, for the sake of a defaultdict
     except KeyError:
         return None
-    largest = max(len(dataset) for _, dataset in data.test_sets())  # type: ignore[arg-type]
+    if limit < 1:
+        raise ValueError(f"max_images has {limit} for {row!r}: it must be at least 1")
     return limit if limit < largest else None
 
 
@@ -455,20 +476,6 @@ def _drawn(dataset: Dataset, n: int | None) -> Dataset:
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     rows = rows[:n].sort().values
     return dataset.subset(rows) if isinstance(dataset, ImagePack) else Subset(dataset, rows)  # type: ignore[arg-type]
-
-
-def _key(detector: Detector) -> dict[str, str | None]:
-    """What the scores of a detector depend on besides data."""
-    record = getattr(detector, "build_record", None)
-    if record is None:
-        return {"detector": None}
-    models = [of_module(model) for model in _models(detector)]
-    return {
-        "detector": f"{record.info.qualified_name} {record.info.version}",
-        "arguments": of_settings(record.hyperparameters),
-        "settings": of_settings(detector.get_hyperparameters()),
-        "models": None if None in models else " ".join(map(str, models)),
-    }
 
 
 def _evaluate(

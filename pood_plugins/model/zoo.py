@@ -25,7 +25,10 @@ run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -90,8 +93,13 @@ def load_classifier(
     :raises OSError: if the file can't be opened
     """
     if weights is not None and not Path(weights).exists() and "/" in weights and arch is None:
-        from pytorch_ood.model import load_model, load_transform
+        from pytorch_ood.model import list_models, load_model, load_transform
 
+        if not any(f"{key}/".startswith(f"{weights}/") for key in list_models()):
+            raise ValueError(
+                f"{weights} is neither a file nor a key of pytorch-ood's model zoo: correct "
+                "--weights"
+            )
         return load_model(weights), load_transform(weights)
     if arch is None:
         raise ValueError("there is no architecture: name it by --arch, e.g. --arch resnet20")
@@ -125,8 +133,18 @@ def _construct(arch: str, num_classes: int | None) -> Any:
         build: Any = getattr(import_module(where), name)
     except (ImportError, AttributeError) as error:
         raise LookupError(f"{arch} can't be imported ({error}): correct --arch") from error
+    if not callable(build):
+        raise ValueError(f"{arch} is a {type(build).__name__}: it must be a class or a function")
     takes_classes = num_classes is not None and _takes_classes(build)
-    return build(num_classes=num_classes) if takes_classes else build()
+    arguments = {"num_classes": num_classes} if takes_classes else {}
+    try:
+        inspect.signature(build).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{arch} can't be called with num_classes alone ({error}): give its other arguments "
+            "defaults"
+        ) from error
+    return build(**arguments)
 
 
 def _takes_classes(construct: Callable) -> bool:
@@ -144,8 +162,8 @@ def _torchvision(name: str, num_classes: int) -> nn.Module | None:
 
     if name not in models.list_models(module=models):
         return None
-    extra = {"aux_logits": False, "init_weights": False} if "inception" in name else {}
-    extra = {**extra, "init_weights": False} if name == "googlenet" else extra
+    two = name in ("googlenet", "inception_v3")  # they train with a second head or two
+    extra = {"aux_logits": False, "init_weights": False} if two else {}
     return models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
@@ -153,8 +171,13 @@ def _pytorch_ood(name: str, num_classes: int) -> nn.Module | None:
     import pytorch_ood.model
 
     found: Any = getattr(pytorch_ood.model, name, None)
-    is_model = inspect.isclass(found) and issubclass(found, nn.Module)
-    return found(num_classes=num_classes) if is_model and _takes_classes(found) else None
+    if not (inspect.isclass(found) and issubclass(found, nn.Module) and _takes_classes(found)):
+        return None
+    try:
+        inspect.signature(found).bind(num_classes=num_classes)
+    except TypeError:  # it needs more than that
+        return None
+    return found(num_classes=num_classes)
 
 
 def _timm(name: str, num_classes: int) -> nn.Module | None:
@@ -174,12 +197,17 @@ _SOURCES: dict[str, Callable[[str, int], nn.Module | None]] = {
 }
 
 
+#: further heads in torchvision's files, of no use for inference
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+
+
 def _load_state(model: nn.Module, path: Path, arch: str) -> None:
-    state = _read_state(path)
+    state, own = _read_state(path), model.state_dict()
+    state = {n: v for n, v in state.items() if n in own or not n.startswith(_AUXILIARY)}
     # not in files of old versions of torch, and of no use for inference
     wanted = {
         name: value
-        for name, value in model.state_dict().items()
+        for name, value in own.items()
         if name in state or not name.endswith("num_batches_tracked")
     }
     missing = [name for name in wanted if name not in state]
@@ -206,22 +234,44 @@ def _read_state(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            # as training scripts wrap it
-            state = state.get("state_dict", state)
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-        if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            state = _load(path)
+            if isinstance(state, Mapping):
+                state = state.get("state_dict", state)  # as training scripts wrap it
+        if not _is_state(state):
             raise ValueError("it holds no state dict")
+        state = {name.removeprefix("module."): value for name, value in state.items()}
     except ImportError as error:
         raise ImportError("reading .safetensors needs pip install pood-plugins[deploy]") from error
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else repr(error)
+        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0][:120]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text is how to run what is in it
+            reason = "it is not of torch.save, or holds other objects than tensors"
         raise ValueError(
-            f"{path} is damaged or no state dict ({reason}): copy it again"
+            f"{path} is damaged or no state dict ({reason}): copy it again, or save a state dict"
         ) from error
     return state
+
+
+def _load(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # which torch does not look at
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles and archives that are then refused
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_state(state: Any) -> bool:
+    return (
+        isinstance(state, Mapping)
+        and len(state) > 0
+        and all(isinstance(name, str) for name in state)
+        and all(isinstance(value, torch.Tensor) for value in state.values())
+    )
 
 
 def _some(names: Sequence[str], what: str) -> str:

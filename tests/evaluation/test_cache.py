@@ -508,20 +508,22 @@ def test_no_modules(value):
 
 
 def test_edited_code_is_noticed(tmp_path, monkeypatch):
-    """Of a network, a transform or a detector that somebody develops."""
+    """Of a network, a transform or a detector that somebody develops, and of its base."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    path = tmp_path / "somebodys_code.py"
-    code = "class {}:\n    def __call__(self, x):\n        return {} * x\n"
-    seen = []
-    for base, factor in [("Base", 2), ("Base", 3), ("Base", 3), ("Other", 3)]:
-        path.write_text(code.format(base, factor) + f"class Mine({base}): pass\n")
+    base = "class Base:\n    def __call__(self, x):\n        return {} * x\n"
+    own = "from somebodys_base import Base\nclass Mine(Base):\n    factor = {}\n"
+    found = []
+    for factors in [(2, 1), (3, 1), (3, 1), (3, 2)]:
+        for name, code, factor in zip(("somebodys_base", "somebodys_own"), (base, own), factors):
+            (tmp_path / f"{name}.py").write_text(code.format(factor))
+            sys.modules.pop(name, None)
         importlib.invalidate_caches()
-        sys.modules.pop("somebodys_code", None)
-        seen.append(of_value(importlib.import_module("somebodys_code").Mine()))
-    sys.modules.pop("somebodys_code")
-    assert None not in seen
-    assert seen[1] == seen[2] and len(set(seen)) == 3
+        found.append(of_value(importlib.import_module("somebodys_own").Mine()))
+    for name in ("somebodys_base", "somebodys_own"):
+        sys.modules.pop(name)
+    assert None not in found
+    assert found[1] == found[2] and len(set(found)) == 3
 
 
 SCRIPT = """

@@ -433,7 +433,8 @@ def color_split():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        return split_model(nn.Sequential(*layers, nn.Linear(8, CLASSES)).eval())
+        model = nn.Sequential(*layers, nn.Linear(8, CLASSES)).eval()
+    return split_model(model, example=torch.zeros(2, 3, 6, 6))
 
 
 def figures(report):
@@ -529,7 +530,8 @@ class Drawing(FeaturesDetector):
 
 
 def with_dropout(network):
-    return split_model(nn.Sequential(*network[:5], nn.Dropout(0.5), network[5]).eval())
+    model = nn.Sequential(*network[:5], nn.Dropout(0.5), network[5]).eval()
+    return split_model(model, example=torch.zeros(2, 1, 6, 6))
 
 
 def rows_of(split):
