@@ -14,6 +14,7 @@ _MODULES = {
     "GROOD": "detector",
     "NERO": "detector",
     "Digits": "benchmark",
+    "FolderBenchmark": "benchmark",
     "SplitModel": "model",
     "split_model": "model",
     "build": "registry",

@@ -96,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (LookupError, argparse.ArgumentError) as error:
         return _fail(error, 2, options.verbose)
+    except AssertionError as error:  # torch's way to say that there is no such device
+        if "CUDA" not in str(error):
+            raise
+        return _fail(error, 1, options.verbose)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         return _fail(error, 1, options.verbose)
 
@@ -133,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of the table, or 'all' for everything that can be built",
     )
     benchmark.add_argument(
-        "--seeds", type=_positive, default=3, metavar="N", help="digits: networks (default: 3)"
+        "--seeds", type=_positive, metavar="N", help="digits: networks (default: 3)"
     )
     benchmark.add_argument(
         "--train",
@@ -271,14 +275,19 @@ def _benchmark(options: argparse.Namespace) -> int:
     if options.detectors:
         detectors = [name.strip() for name in options.detectors.split(",")]
     digits = options.name.casefold() == "digits"
-    report = _run_digits(options, detectors) if digits else _run_images(options, detectors)
+    _refuse_unused(options)
     output = options.output or Path("results") / options.name.casefold()
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):  # now, and not after the run
+        raise ValueError(f"nothing can be written to {place}: name another folder by --output")
+    report = _run_digits(options, detectors) if digits else _run_images(options, detectors)
     report.save(output)
 
     print(report.to_text())
     print("AUROC and FPR95 in percent, OOD is the positive class; * marks the best of a column.")
-    if digits and options.seeds > 1:
-        print(f"Mean ± standard deviation of {options.seeds} networks, trained with seeds from 0.")
+    seeds = options.seeds or 3
+    if digits and seeds > 1:
+        print(f"Mean ± standard deviation of {seeds} networks, trained with seeds from 0.")
     if not digits:
         print(
             "▲ better and ▼ worse in AUROC than the best of pytorch-ood's detectors, by more than "
@@ -290,15 +299,31 @@ def _benchmark(options: argparse.Namespace) -> int:
     return 1 if report.failed else 0
 
 
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Whoever gives an argument believes that it does something."""
+    name = options.name.casefold()
+    folders, images = ("test", "near", "far"), ("root", "download", "option")
+    classifier = ("arch", "weights", "classes", "size", "mean", "std")
+    unused: tuple[str, ...] = ("seeds", "train", *folders)
+    if name == "digits":
+        unused = (*folders, *images, *classifier, "features_cache", "max_images", "workers")
+    elif name == "folder":
+        unused = ("seeds", *images)
+    given = [argument for argument in unused if getattr(options, argument) not in (None, [], 0)]
+    given = [argument for argument in given if getattr(options, argument) is not False]
+    if given:
+        flags = ", ".join("--" + argument.replace("_", "-") for argument in given)
+        raise LookupError(f"{options.name} has no use for {flags}: leave it out")
+
+
 def _run_digits(options: argparse.Namespace, detectors: list[str] | None) -> "Report":
     if options.train is not None and options.train not in _TRAININGS:
         choices = ", ".join(_TRAININGS)
         raise LookupError(f"no way to fine-tune is called {options.train!r}: choose {choices}")
     from .evaluation.digits import run_digits
 
-    return run_digits(
-        detectors, seeds=range(options.seeds), device=options.device, train=options.train
-    )
+    seeds = range(options.seeds or 3)
+    return run_digits(detectors, seeds=seeds, device=options.device, train=options.train)
 
 
 def _run_images(options: argparse.Namespace, detectors: list[str] | None) -> "Report":

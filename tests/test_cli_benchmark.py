@@ -382,6 +382,14 @@ def test_key_of_pytorch_ood(place, tmp_path, monkeypatch, no_pictures):
     """Its preprocessing is used, for files and for packs, and for the noise of GROOD."""
     import pytorch_ood.model
 
+    from pood_plugins.evaluation import rows as module
+
+    def recorded(*arguments, normalize):
+        normalizations.append(normalize)
+        return noise_prototype(*arguments, normalize=normalize)
+
+    normalizations, noise_prototype = [], module.noise_prototype
+    monkeypatch.setattr(module, "noise_prototype", recorded)
     model = import_module("generated_networks").small()
     model.load_state_dict(torch.load(place / "small.pt"))
     monkeypatch.setattr(pytorch_ood.model, "load_model", lambda _: model)
@@ -395,6 +403,9 @@ def test_key_of_pytorch_ood(place, tmp_path, monkeypatch, no_pictures):
             assert cli.main(arguments) == 0
         assert without_times(tmp_path / "key") == without_times(tmp_path / "known")
     assert record(tmp_path / "key")["weights"] == key[1]
+    assert len(normalizations) == 4
+    for normalize in normalizations:
+        assert [str(x) for x in normalize.mean] == mean and [str(x) for x in normalize.std] == std
 
 
 def test_folders(arrays, tmp_path, capsys, no_pictures):
@@ -686,9 +697,7 @@ def test_errors_of_folders(place, tmp_path, capsys):
         "folder .*nix can't be read": [*train, "--test=nix", *near],
         "no images .*leave out the OOD set 'b'": [*train, *test, f"--far=b={tmp_path / 'none'}"],
         "two OOD sets are called a: give each its own name": [*train, *test, *near, *far],
-        "folder has no option nix: leave": [*train, *test, *near, "--option=nix=1"],
         "has 3 classes, but folder has 2": [*train, *test, *near, "--classes=3"],
-        "folder has no option download: leave": [*train, *test, *near, "--download"],
     }.items():
         (tmp_path / "none").mkdir(exist_ok=True)
         fails(capsys, tmp_path, 1, message, ["benchmark", "folder", *SMALL, *arguments])
@@ -707,3 +716,29 @@ def test_errors_of_registered_benchmarks(generated, tmp_path, capsys):
         ],
     }.items():
         fails(capsys, tmp_path, 1, message, [*generated, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["digits", "--arch", "resnet20"], "digits has no use for --arch: leave it out"),
+        (["digits", "--features-cache", "x"], "digits has no use for --features-cache"),
+        (["folder", "--root", "x"], "folder has no use for --root"),
+        (["folder", "--option", "a=b"], "folder has no use for --option"),
+        (["folder", "--download"], "folder has no use for --download"),
+        (["cifar10-openood", "--train", "greg"], "cifar10-openood has no use for --train"),
+        (["cifar10-openood", "--near", "a=b"], "cifar10-openood has no use for --near"),
+        (["imagenet-openood", "--seeds", "2"], "imagenet-openood has no use for --seeds"),
+    ],
+)
+def test_arguments_without_use_are_refused(given, message, capsys):
+    assert cli.main(["benchmark", *given]) == 2
+    assert capsys.readouterr().err.startswith(f"pood: {message}")
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_run(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    given = ["benchmark", "digits", "--output", str(tmp_path / "file" / "deeper")]
+    assert cli.main(given) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"pood: nothing can be written to {tmp_path / 'file'}")

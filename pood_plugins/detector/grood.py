@@ -39,8 +39,8 @@ implementation does the following:
 - ``temperature`` is an addition. With 1, the default, the method is that of the paper. The paper's
   softmax over plain distances means something else for every scale of the features, so
   ``temperature="auto"`` takes an eighth of the mean distance of the ID samples to their class
-  prototype. That figure, and ``mixup=0.0, k=10`` with it, is what validation data chose on
-  CIFAR-10; :doc:`cifar10` shows the search.
+  prototype. That figure, with ``mixup=0.0, k=10, n_synthetic=1.0``, is what validation data chose
+  on CIFAR-10 (``benchmarks/cifar10.py``).
 - ``mixup`` and :func:`mixup_prototype` weight the sample by 0.5, as the released code does; the
   paper leaves its :math:`\\lambda` open in the parts we know.
 

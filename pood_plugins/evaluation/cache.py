@@ -163,7 +163,7 @@ def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[str | bytes
     """
     kind = type(value)
     if value is None or kind in (bool, int, float, complex, str, bytes):
-        yield f"{kind.__name__} {value!r}"
+        yield repr(value)
         return
     if kind in (list, tuple, dict):
         items = value.items() if kind is dict else value

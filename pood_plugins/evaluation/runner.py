@@ -226,11 +226,12 @@ class _Batches:
                 except StopIteration:
                     return
                 except Exception as error:  # what an image raises depends on where it is broken
-                    # of an error in a worker process, the last line says what it was
                     kind = type(error).__name__
+                    # of an error in a worker process, the last line says what it was
                     reason = [kind, *str(error).strip().splitlines()][-1]
+                    reason = reason.removeprefix(f"{kind}: ")
                     if not isinstance(error, (OSError, RuntimeError, ValueError)):
-                        reason = f"{kind}: {reason.removeprefix(f'{kind}: ')}"
+                        reason = f"{kind}: {reason}"
                     raise _BrokenBenchmark(f"{self.description}: {reason}") from error
                 yield x, y
                 progress.update()

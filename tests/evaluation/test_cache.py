@@ -371,9 +371,30 @@ def test_local_functions_without_variables_are_known_by_their_place():
         assert of_value(registry.build(name, split)) is not None
 
 
-def test_shared_and_equal_are_told_apart_but_not_in_lists():
-    shared, again = torch.ones(3), torch.ones(3)
-    assert of_value([shared, shared]) != of_value([shared, again])
+class Temporary:
+    """Is taken apart into what is gone afterwards, so that the next may be in its place."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __reduce__(self):
+        return Temporary, (torch.tensor(self.n),)
+
+
+def test_objects_are_not_taken_for_others():
+    x, y = torch.zeros(2), torch.ones(2)
+    assert of_value([x, y, x]) != of_value([x, y, y])
+    assert of_value([Temporary(n) for n in range(9)]) != of_value([Temporary(0)] * 9)
+    found = [of_value([Temporary(1), Temporary(n), Temporary(3)]) for n in range(9)]
+    assert len(set(found)) == 9
+
+
+def test_the_order_of_sets_means_nothing():
+    assert list({0, 8}) != list({8, 0})
+    assert of_value({0, 8}) == of_value({8, 0})
+
+
+def test_equal_lists_need_not_be_shared():
     pair = (1, 2)
     assert of_value([pair, pair]) == of_value([(1, 2), tuple([1, 2])])
 
