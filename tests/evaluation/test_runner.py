@@ -392,7 +392,7 @@ def test_an_image_that_a_worker_can_not_read(split):
     benchmark.oods[0] = Broken(benchmark.oods[0], NO_IMAGE)
     with pytest.raises(ValueError) as caught:
         run(benchmark, {"MSP": MaxSoftmax(split)}, loader_kwargs={"num_workers": 1})
-    assert str(caught.value) == f"test near: ValueError: {NO_IMAGE}"
+    assert str(caught.value) == f"test near: {NO_IMAGE}"
 
 
 # image packs
