@@ -32,9 +32,9 @@ html_css_files = ["tables.css"]
 
 class MarkdownTable(SphinxDirective):
     """
-    Shows a table that a benchmark wrote: ``.. markdown-table:: ../benchmarks/results/x.md``. Cells
-    such as ``(88.1 / 41.4) †``, which are not to be compared, are greyed. Lines below the table are
-    paragraphs.
+    Shows a table that a benchmark wrote: ``.. markdown-table:: ../benchmarks/results/x.md``.
+    Cells such as ``(88.1 / 41.4) †``, which are not to be compared, are greyed. Lines below the
+    table are paragraphs.
     """
 
     required_arguments = 1

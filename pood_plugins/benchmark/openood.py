@@ -11,16 +11,15 @@ with the same lists, names and order, but for what is missing: they hold the OOD
 there in full, and say in :attr:`missing` what is not, and why. Nothing is averaged away: near- and
 far-OOD means name the sets that they are taken over.
 
-==================  ==========================  ===============================================
-Command             Class                       OOD sets: near; far
-==================  ==========================  ===============================================
-cifar10-openood     ``PartialCIFAR10``          CIFAR100, TinyImageNet; MNIST, SVHN, Textures,
-                                                Places365
-cifar100-openood    ``PartialCIFAR100``         CIFAR10, TinyImageNet; as above
-imagenet200-openood ``PartialImageNet200``      SSBHard, NINCO; iNaturalist, Textures,
-                                                OpenImagesO
-imagenet-openood    ``PartialImageNet``         as above
-==================  ==========================  ===============================================
+===================  ======================  =====================================================
+Command              Class                   OOD sets: near; far
+===================  ======================  =====================================================
+cifar10-openood      ``PartialCIFAR10``      CIFAR100, TinyImageNet; MNIST, SVHN, Textures,
+                                             Places365
+cifar100-openood     ``PartialCIFAR100``     CIFAR10, TinyImageNet; as above
+imagenet200-openood  ``PartialImageNet200``  SSBHard, NINCO; iNaturalist, Textures, OpenImagesO
+imagenet-openood     ``PartialImageNet``     as above
+===================  ======================  =====================================================
 
 A set is there if its list is and all images of the list are. The ID test set must be there.
 Without the ID training set only detectors without fitting can be evaluated, and without the
@@ -34,7 +33,6 @@ is fetched first by pytorch-ood's own code.
 Images in packs
 ---------------
 
-Decoding tens of thousands of PNG files takes about as long as a small network does.
 :class:`PackedCIFAR10` is the CIFAR-10 benchmark on :mod:`image packs <pood_plugins.dataset.packs>`
 in memory, transformed on the network's device, a batch at a time. :func:`openood` chooses it if
 the root folder holds ``openood_index.npz``, the rows of OpenOOD's lists:
@@ -43,12 +41,12 @@ the root folder holds ``openood_index.npz``, the rows of OpenOOD's lists:
 ``openood_index.npz``                            ``cifar10_test``, ``cifar10_val``,
                                                  ``cifar100_as_ood_test``: rows of the packs
 ``cifar10_test.webp.zip``                        CIFAR-10 test images, for ID test and validation
-``cifar10_train_1of2.webp.zip``, ``..._2of2...`` CIFAR-10 training images
+``cifar10_train_{1,2}of2.webp.zip``              CIFAR-10 training images
 ``cifar100_test.webp.zip``                       CIFAR-100 test images
 ``mnist_test.npz``, ``dtd10_32.npz``             MNIST and Textures
 ===============================================  ==================================================
 
-..  autofunction:: pood_plugins.benchmark.openood
+..  autofunction:: pood_plugins.benchmark.openood.openood
 
 ..  autoclass:: pood_plugins.benchmark.openood.PartialCIFAR10
     :members:
