@@ -603,6 +603,9 @@ def tuning_table(content: dict[str, Any]) -> list[list[str]]:
     for row in logs[0]:
         cells = []
         for log in logs:
+            if row not in log:
+                cells.append("not run")
+                continue
             best = ", ".join(f"{k} = {v:.4g}" for k, v in log[row]["best"].items())
             cells.append(f"{best} ({100 * log[row]['AUROC']:.1f})")
         lines.append([row, *cells])
