@@ -368,8 +368,8 @@ _CLASSES: dict[str, type[_FromLists]] = {
     "imagenet-openood": PartialImageNet,
 }
 
-#: names that :func:`openood` knows
-OPENOOD_NAMES = tuple(_CLASSES)
+#: number of classes of the benchmarks that :func:`openood` knows, by name
+OPENOOD_CLASSES = {name: benchmark.num_classes for name, benchmark in _CLASSES.items()}
 
 
 def openood(name: str, root: _Path, transform: Callable | None = None, **options: Any) -> _Partial:

@@ -26,7 +26,7 @@ from torchvision.transforms import Normalize
 
 from .. import registry
 from ..benchmark.folder import FolderBenchmark
-from ..benchmark.openood import OPENOOD_NAMES, is_packed, openood
+from ..benchmark.openood import OPENOOD_CLASSES, is_packed, openood
 from ..model.split import split_model
 from ..model.zoo import Preprocessing, load_classifier
 from .report import Report
@@ -34,13 +34,6 @@ from .rows import SLOW, RowBuilder
 from .runner import run
 
 log = logging.getLogger(__name__)
-
-_CLASSES = {
-    "cifar10-openood": 10,
-    "cifar100-openood": 100,
-    "imagenet200-openood": 200,
-    "imagenet-openood": 1000,
-}
 
 
 def run_images(
@@ -94,7 +87,7 @@ def run_images(
     packed = root is not None and is_packed(known, root)
 
     extra = {**({"download": True} if download else {}), **(options or {})}
-    own = ("transform", "name", "root") if known in OPENOOD_NAMES else ("transform",)
+    own = ("transform", "name", "root") if known in OPENOOD_CLASSES else ("transform",)
     foreign = [option for option in extra if option in own or known == "folder"]
     if foreign:
         raise ValueError(f"{name} has no option {', '.join(foreign)}: leave it out")
@@ -102,7 +95,7 @@ def run_images(
     def make(transform: Any) -> Benchmark:
         if known == "folder":
             return _folder(folders or {}, transform)
-        if known not in OPENOOD_NAMES:
+        if known not in OPENOOD_CLASSES:
             return _registered(name, root, extra, transform)
         if root is None:
             raise ValueError("there is no folder with the images: name it by --root")
@@ -110,7 +103,9 @@ def run_images(
 
     if num_classes is None and known == "folder":
         num_classes = make(None).num_classes  # type: ignore[attr-defined]
-    model, preprocessing = load_classifier(arch, weights, num_classes or _CLASSES.get(known))
+    model, preprocessing = load_classifier(
+        arch, weights, num_classes or OPENOOD_CLASSES.get(known)
+    )
     preprocessing = _preprocessing(preprocessing, size, mean, std)
     transform: Any = preprocessing
     if packed:

@@ -26,7 +26,7 @@ from torchvision.transforms import Normalize, ToTensor
 
 from pood_plugins.benchmark import openood as from_package
 from pood_plugins.benchmark.openood import (
-    OPENOOD_NAMES,
+    OPENOOD_CLASSES,
     PackedCIFAR10,
     PartialCIFAR10,
     PartialCIFAR100,
@@ -607,13 +607,13 @@ def test_index_of_other_packs(packs, changes):
 
 def test_by_name(root, packs, tmp_path, torch_home):
     assert from_package is openood
-    assert OPENOOD_NAMES == (
+    assert tuple(OPENOOD_CLASSES) == (
         "cifar10-openood",
         "cifar100-openood",
         "imagenet200-openood",
         "imagenet-openood",
     )
-    for name, (ours, theirs) in zip(OPENOOD_NAMES, PAIRS.items()):
+    for name, (ours, theirs) in zip(OPENOOD_CLASSES, PAIRS.items()):
         write_tree(tmp_path / name, tmp_path / name / "benchmark_imglist", theirs)
         assert type(openood(name, tmp_path / name)) is ours
         assert is_packed(name, packs[0]) is (name == "cifar10-openood")
