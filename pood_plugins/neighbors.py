@@ -23,37 +23,92 @@ The result thus does not depend on the precision of the matrix product. Reduced 
 bfloat16, see :func:`torch.set_float32_matmul_precision`) would break the error bound; where it is
 enabled, the scan starts in float64, and autocasting is switched off for the scan. No global
 setting is changed.
+
+How it skips work
+-----------------
+
+On the CPU, the bank is scanned in blocks of rows with similar norm. The distance of a query to all
+rows of a block is at least the gap between its norm and theirs, so a query skips every block whose
+gap exceeds what it has found so far. It begins with the block of its own norm. Where norms vary
+little beside the distances, nothing is skipped and nothing is lost; gradients of
+:class:`~pood_plugins.detector.GROOD` have norms from nearly 0 to 1. On a GPU nothing is skipped:
+each decision would have to wait for it.
+
+..  autofunction:: pood_plugins.neighbors.kth_distance
+
+..  autoclass:: pood_plugins.neighbors.ScaledRows
+    :members:
 """
 
-from typing import Callable, Optional, Tuple
+import math
+from typing import Callable, Optional, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["kth_distance"]
+__all__ = ["ScaledRows", "kth_distance"]
 
-#: rows of the bank per matrix product: the product of 1024 queries stays in the cache of a CPU
-_BANK_ROWS = 4096
+#: queries in a matrix product, and rows of the bank: on a CPU, it stays in the cache
+_QUERIES, _ROWS, _ROWS_GPU = 2048, 1024, 16384
 #: groups kept in addition to the :math:`k` that the answer needs, so that the certificate has room
-_EXTRA_GROUPS = 3
-#: entries of the float64 differences held at once, 32 MiB
-_DIFFERENCES = 1 << 22
+_EXTRA_GROUPS = 2
+#: entries of the float64 differences held at once, 2 MiB
+_DIFFERENCES = 1 << 18
 #: relative slack of the certificate on squared distances; half of it is the error of a distance
 _SLACK = 1e-6
 
 
+class ScaledRows:
+    """
+    Rows of a bank at half the memory: unit vectors in half precision, and the length of each in
+    single precision. Half precision alone ends at 6e-8; this way, a row of norm 1e-30 keeps its
+    direction.
+    """
+
+    def __init__(self, directions: Tensor, lengths: Tensor):
+        """
+        :param directions: of shape :math:`M \\times D`, floating point
+        :param lengths: factors of the directions, of shape :math:`M`
+        """
+        self.directions = directions
+        self.lengths = lengths
+        self.shape = directions.shape
+
+    @classmethod
+    def pack(cls, rows: Tensor) -> "ScaledRows":
+        """
+        :param rows: of shape :math:`M \\times D`, floating point
+        :return: the rows in half precision, with the norm they had
+        """
+        rows = rows.double()
+        tiny = torch.finfo(torch.float64).tiny
+        norms = rows.norm(dim=1)
+        directions = (rows / norms.clamp(min=tiny)[:, None]).half()
+        # rounding has changed the norms of the directions
+        lengths = norms / directions.double().norm(dim=1).clamp(min=tiny)
+        return cls(directions, lengths.float())
+
+    def __getitem__(self, index: Union[Tensor, slice]) -> Tensor:
+        """
+        :param index: which rows
+        :return: these rows, float64
+        """
+        return self.directions[index].double() * self.lengths[index].double()[:, None]
+
+
 def kth_distance(
     query: Tensor,
-    bank: Tensor,
+    bank: Union[Tensor, ScaledRows],
     k: int = 1,
-    batch_size: int = 1024,
+    batch_size: int = 16384,
     transform: Optional[Callable[[Tensor], Tensor]] = None,
 ) -> Tensor:
     """
     Euclidean (not squared) distance of each query to its :math:`k`-th nearest row of the bank.
 
     The relative error is below :math:`10^{-6}`, also for near-duplicates. One device-to-host read
-    is made per call, and one more for each of the rare rescans.
+    is made per call on a GPU, and one more for each of the rare rescans.
 
     :param query: queries of shape :math:`B \\times D`, floating point
     :param bank: rows to search, of shape :math:`M \\times D`, on the device of the queries
@@ -73,15 +128,19 @@ def kth_distance(
     pending = torch.arange(query.shape[0], device=query.device)
 
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        squared_norms = torch.cat([_squared_norm(b) for b in bank.split(_BANK_ROWS)])
-        bank_finite = torch.isfinite(squared_norms).all()
+        norms = torch.cat(
+            [_norm(bank[i : i + _ROWS_GPU]) for i in range(0, bank.shape[0], _ROWS_GPU)]
+        )
+        bank_finite = torch.isfinite(norms.square()).all()
+        norms, order = norms.sort()
 
         for dtype in [torch.float32, torch.float64] if _float32_is_exact() else [torch.float64]:
             certain = torch.ones_like(pending, dtype=torch.bool)
             for rows, chunk in zip(pending.split(batch_size), certain.split(batch_size)):
                 x = query[rows]
                 finite[rows] = torch.isfinite(x).all(dim=1)
-                distance[rows], chunk[:] = _scan(prepare(x), bank, squared_norms, k, dtype)
+                x = torch.cat([prepare(part) for part in x.split(_QUERIES)])
+                distance[rows], chunk[:] = _nearest(x, bank, order, norms, k, dtype)
 
             # the only device-to-host read: which rows are broken, which need another scan
             state = torch.stack([finite[pending], certain, bank_finite.expand_as(certain)]).cpu()
@@ -100,16 +159,20 @@ def kth_distance(
                 break
             pending = pending[(~state[1]).nonzero()[:, 0].to(pending.device)]
         else:
-            for rows in pending.split(batch_size):
+            for rows in pending.split(_QUERIES):
                 distance[rows] = _by_differences(prepare(query[rows]), bank, k)
 
     return distance if query.dtype == torch.float64 else distance.float()
 
 
 def _check(
-    query: Tensor, bank: Tensor, k: int, batch_size: int, transform: Optional[Callable]
+    query: Tensor,
+    bank: Union[Tensor, ScaledRows],
+    k: int,
+    batch_size: int,
+    transform: Optional[Callable],
 ) -> None:
-    if query.dim() != 2 or bank.dim() != 2:
+    if query.dim() != 2 or len(bank.shape) != 2:
         raise ValueError(
             f"Expected queries and bank of shape B x D and M x D, got {tuple(query.shape)} and "
             f"{tuple(bank.shape)}. Flatten them first, e.g. with z.flatten(1)."
@@ -136,85 +199,157 @@ def _float32_is_exact() -> bool:
         return False
 
 
-def _squared_norm(x: Tensor) -> Tensor:
-    return x.double().square().sum(dim=1)
+def _skips(device: torch.device) -> bool:
+    """Whether to skip blocks, which needs to look at intermediate results."""
+    return device.type == "cpu"
 
 
-def _scan(
-    query: Tensor, bank: Tensor, squared_norms: Tensor, k: int, dtype: torch.dtype
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+
+
+def _nearest(
+    query: Tensor,
+    bank: Union[Tensor, ScaledRows],
+    order: Tensor,
+    norms: Tensor,
+    k: int,
+    dtype: torch.dtype,
 ) -> Tuple[Tensor, Tensor]:
     """
+    :param order: rows of the bank by ascending norm
+    :param norms: in this order
     :return: distances of shape :math:`B` and whether each is certainly the :math:`k`-th smallest
     """
     rows, dimension = bank.shape
-    # larger k need more groups, whose rows are all re-ranked: keep their number about constant
-    group = max(1, 16 >> (k - 1).bit_length())
-    keep = k + _EXTRA_GROUPS
-    # bound of the relative rounding error of a dot product, with room for the conversions
-    unit = (dimension + 8) * torch.finfo(dtype).eps / 2
+    scan = _Scan(query, bank, order, norms, k, dtype)
+    starts = range(0, rows, scan.size)
+    if scan.skips:
+        first = torch.arange(0, rows, scan.size)
+        last = (first + scan.size).clamp(max=rows) - 1
+        lowest, highest = norms[first], norms[last]
+        home = torch.searchsorted(lowest, scan.norm, right=True).sub_(1).clamp_(min=0)
+        for block, start in enumerate(starts):
+            scan.compare(start, (home == block).nonzero()[:, 0])
+        # large norms come first: their queries have most to skip, once they have found something
+        for block, start in reversed(list(enumerate(starts))):
+            gap = torch.maximum(lowest[block] - scan.norm, scan.norm - highest[block])
+            scan.compare(start, ((gap < scan.upper()) & (home != block)).nonzero()[:, 0])
+    else:
+        for start in starts:
+            scan.compare(start, torch.arange(len(query), device=query.device))
 
-    query = query.double()
-    query_squared = query.square().sum(dim=1)
-    # left @ right.T = 2<q, b> - |b|^2 + rounding bound >= |q|^2 - |q - b|^2
-    left = torch.cat(
-        [2 * query, 2 * unit * query_squared.sqrt()[:, None], -torch.ones_like(query[:, :1])],
-        dim=1,
-    ).to(dtype)
-
-    # the best groups so far: an upper bound of their closeness, and their rows
-    best = left.new_empty(len(query), 0)
-    members = torch.empty((len(query), 0, group), dtype=torch.long, device=query.device)
-    for start in range(0, rows, _BANK_ROWS):
-        b = bank[start : start + _BANK_ROWS].to(dtype)
-        squared = squared_norms[start : start + _BANK_ROWS, None]
-        right = torch.cat([b, squared.sqrt().to(dtype), ((1 - unit) * squared).to(dtype)], dim=1)
-        product = left @ right.T
-        stride = -(-b.shape[0] // group)
-        if stride * group > b.shape[0]:
-            padding = (0, stride * group - b.shape[0])
-            product = torch.nn.functional.pad(product, padding, value=float("-inf"))
-        closeness = product.view(len(query), group, stride).amax(dim=1)
-        closeness, first = closeness.topk(min(keep, stride), dim=1)
-        offsets = start + stride * torch.arange(group, device=query.device)
-        best = torch.cat([best, closeness], dim=1)
-        members = torch.cat([members, first[:, :, None] + offsets], dim=1)
-        best, index = best.topk(min(keep, best.shape[1]), dim=1)
-        members = members.gather(1, index[:, :, None].expand(-1, -1, group))
-
-    kth = _rerank(query, bank, members.flatten(1), k)
-
-    if -(-rows // group) <= keep:  # every row was re-ranked
-        return kth.sqrt(), torch.ones_like(kth, dtype=torch.bool)
-    lower = query_squared - best[:, -1].double() - (dimension + 8) * torch.finfo(dtype).tiny
-    largest = torch.finfo(dtype).max / 8
-    no_overflow = (query_squared < largest) & (squared_norms.max() < largest)
-    return kth.sqrt(), (kth == 0) | (no_overflow & (kth * (1 - _SLACK) <= lower))
+    kth = _rerank(query, bank, order, scan.candidates(), k)
+    lower = scan.norm.square() - scan.best[:, -1].double()
+    lower -= (dimension + 8) * torch.finfo(dtype).tiny
+    largest = math.sqrt(torch.finfo(dtype).max / 8)
+    no_overflow = (scan.norm < largest) & (norms[-1] < largest)
+    return kth, (kth == 0) | (no_overflow & (kth.square() * (1 - _SLACK) <= lower))
 
 
-def _rerank(query: Tensor, bank: Tensor, candidates: Tensor, k: int) -> Tensor:
+class _Scan:
+    """The groups of rows that are closest to each query, among the blocks compared so far."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        bank: Union[Tensor, ScaledRows],
+        order: Tensor,
+        norms: Tensor,
+        k: int,
+        dtype: torch.dtype,
+    ):
+        self.bank, self.order, self.norms = bank, order, norms
+        self.k, self.dtype = k, dtype
+        self.skips = _skips(query.device)
+        rows, dimension = bank.shape
+        # larger k need more groups, whose rows are all re-ranked: keep their number about constant
+        self.group = max(1, 4 >> (k.bit_length() // 5))
+        size = min(rows, _ROWS if self.skips else _ROWS_GPU)
+        #: rows of the bank in a block, a multiple of the group
+        self.size = -(-size // self.group) * self.group
+        # bound of the relative rounding error of a dot product, with room for the conversions
+        self.unit = (dimension + 8) * torch.finfo(dtype).eps / 2
+
+        self.norm = _norm(query)
+        # left @ right.T = 2<q, b> - |b|^2 + rounding bound >= |q|^2 - |q - b|^2
+        bound = (2 * self.unit * self.norm[:, None]).to(dtype)
+        one = torch.ones_like(bound)
+        self.left = torch.cat([2 * query.to(dtype), bound, -one], dim=1)
+
+        keep = k + _EXTRA_GROUPS
+        #: the best groups so far: an upper bound of their closeness |q|^2 - |q - b|^2
+        self.best = one.new_full((len(query), keep), float("-inf"))
+        #: and the first of their rows, in the order of the norms; beyond the end is nothing
+        self.first = torch.full_like(self.best, rows, dtype=torch.long)
+        #: largest norm that a query was compared with
+        self.reach = torch.zeros_like(self.norm)
+
+    def compare(self, start: int, queries: Tensor) -> None:
+        """Compares some queries with the rows of a block."""
+        if len(queries) == 0:
+            return
+        b = self.bank[self.order[start : start + self.size]].to(self.dtype)
+        norms = self.norms[start : start + self.size, None]
+        squared = (1 - self.unit) * norms.square()
+        right = torch.cat([b, norms.to(self.dtype), squared.to(self.dtype)], dim=1)
+        if len(right) < self.size:  # infinitely far rows
+            right = F.pad(right, (0, 0, 0, self.size - len(right)))
+            right[len(b) :, -1] = float("inf")
+        stride = self.size // self.group
+        keep = self.best.shape[1]
+        for rows in queries.split(_QUERIES):
+            self.reach[rows] = self.reach[rows].maximum(norms[-1])
+            product = self.left[rows] @ right.T
+            closeness = product.view(len(rows), self.group, stride).amax(dim=1)
+            if self.skips:  # most queries find nothing new here
+                better = closeness.amax(dim=1) > self.best[rows, -1]
+                closeness, rows = closeness[better], rows[better]
+            best, index = torch.cat([self.best[rows], closeness], dim=1).topk(keep, dim=1)
+            before = self.first[rows].gather(1, index.clamp(max=keep - 1))
+            self.first[rows] = torch.where(index < keep, before, index + (start - keep))
+            self.best[rows] = best
+
+    def upper(self) -> Tensor:
+        """Upper bound of the distance to the :math:`k`-th nearest row, of shape :math:`B`."""
+        # closeness is too large by at most twice the rounding bound
+        error = 2 * self.unit * (2 * self.norm + self.reach) * self.reach
+        return (self.norm.square() - self.best[:, self.k - 1].double() + error).sqrt()
+
+    def candidates(self) -> Tensor:
+        """Rows of the kept groups, in the order of the norms, of shape B x candidates."""
+        stride = self.size // self.group
+        offsets = stride * torch.arange(self.group, device=self.first.device)
+        return (self.first[:, :, None] + offsets).flatten(1)
+
+
+def _rerank(
+    query: Tensor, bank: Union[Tensor, ScaledRows], order: Tensor, candidates: Tensor, k: int
+) -> Tensor:
     """
-    :return: squared distances of shape :math:`B`, float64, to the :math:`k`-th nearest candidate.
+    :return: distances of shape :math:`B`, float64, to the :math:`k`-th nearest candidate.
         Candidates beyond the end of the bank are padding.
     """
     rows, dimension = bank.shape
     step = max(1, _DIFFERENCES // (candidates.shape[1] * dimension))
     kth = []
     for q, index in zip(query.split(step), candidates.split(step)):
-        difference = bank[index.clamp(max=rows - 1)].double() - q[:, None]
-        squared = difference.square_().sum(dim=2).masked_fill_(index >= rows, float("inf"))
-        kth.append(squared.topk(k, dim=1, largest=False).values[:, -1])
+        b = bank[order[index.clamp(max=rows - 1)].flatten()].view(*index.shape, dimension)
+        distance = _norm(b - q.double()[:, None]).masked_fill_(index >= rows, float("inf"))
+        kth.append(distance.topk(k, dim=1, largest=False).values[:, -1])
     return torch.cat(kth)
 
 
-def _by_differences(query: Tensor, bank: Tensor, k: int) -> Tensor:
+def _by_differences(query: Tensor, bank: Union[Tensor, ScaledRows], k: int) -> Tensor:
     """
     :return: distances of shape :math:`B`, float64, to the :math:`k`-th nearest row, by differences
         alone
     """
     query = query.double()
     nearest = query.new_empty(query.shape[0], 0)
-    for b in bank.split(_BANK_ROWS):
-        distance = torch.cdist(query, b.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    for start in range(0, bank.shape[0], _ROWS):
+        b = bank[start : start + _ROWS].double()
+        distance = torch.cdist(query, b, compute_mode="donot_use_mm_for_euclid_dist")
         nearest = torch.cat([nearest, distance], dim=1)
         nearest = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False).values
     return nearest[:, -1]

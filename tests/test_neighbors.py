@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pood_plugins import neighbors
-from pood_plugins.neighbors import kth_distance
+from pood_plugins.neighbors import ScaledRows, kth_distance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,23 +115,31 @@ CASES = {
 def scans(monkeypatch) -> Counter:
     """Counts the queries that each stage of the search has to answer."""
     rows: Counter = Counter()
-    scan, by_differences = neighbors._scan, neighbors._by_differences
+    nearest, by_differences = neighbors._nearest, neighbors._by_differences
 
-    def counting_scan(query, bank, squared_norms, k, dtype):
+    def counting_nearest(query, bank, order, norms, k, dtype):
         rows[dtype] += len(query)
-        return scan(query, bank, squared_norms, k, dtype)
+        return nearest(query, bank, order, norms, k, dtype)
 
     def counting_differences(query, bank, k):
         rows["differences"] += len(query)
         return by_differences(query, bank, k)
 
-    monkeypatch.setattr(neighbors, "_scan", counting_scan)
+    monkeypatch.setattr(neighbors, "_nearest", counting_nearest)
     monkeypatch.setattr(neighbors, "_by_differences", counting_differences)
     return rows
 
 
+@pytest.fixture(params=[True, False], ids=["skipping", "as on a GPU"])
+def skips(monkeypatch, request) -> bool:
+    """Both ways through the bank, also without a GPU."""
+    monkeypatch.setattr(neighbors, "_skips", lambda device: request.param)
+    monkeypatch.setattr(neighbors, "_ROWS_GPU", 4096)
+    return request.param
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_matches_brute_force(case):
+def test_matches_brute_force(case, skips):
     query, bank = CASES[case]
     expected = sorted_distances(query, bank)
     for k in NEIGHBORS:
@@ -151,9 +159,9 @@ def test_only_exact_duplicates_have_distance_zero():
 
 @pytest.mark.parametrize(
     "size",
-    [1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 4095, 4096, 4097, 4111, 4112, 4113, 8191, 8192, 8193],
+    [1, 2, 3, 4, 5, 7, 8, 9, 1023, 1024, 1025, 1028, 2047, 2048, 2049, 4095, 4096, 4097, 8193],
 )
-def test_bank_sizes(size):
+def test_bank_sizes(size, skips):
     query, bank = randn(7, 5, seed=1), randn(size, 5)
     expected = sorted_distances(query, bank)
     for k in {k for k in [*NEIGHBORS, size - 1, size] if 1 <= k <= size}:
@@ -162,8 +170,8 @@ def test_bank_sizes(size):
         )
 
 
-@pytest.mark.parametrize("position", [0, 255, 256, 4095, 4096, 8191, 8192, 8199])
-def test_finds_the_neighbor_wherever_it_is(position):
+@pytest.mark.parametrize("position", [0, 255, 256, 1023, 1024, 4095, 4096, 8191, 8192, 8199])
+def test_finds_the_neighbor_wherever_it_is(position, skips):
     bank = 10 + randn(8200, 6)
     bank[position] = 0
     assert kth_distance(torch.zeros(1, 6), bank).item() == 0
@@ -179,7 +187,7 @@ def test_one_dimension():
 
 
 @pytest.mark.parametrize("transform", [None, lambda x: x[:, :24]])
-def test_no_queries(transform):
+def test_no_queries(transform, skips):
     distance = kth_distance(torch.empty(0, 24), randn(5000, 24), k=2, transform=transform)
     assert distance.shape == (0,) and distance.dtype == torch.float32
 
@@ -232,6 +240,7 @@ def test_transform_runs_on_chunks():
     assert chunks[:3] == [20, 20, 10]
 
 
+@pytest.mark.usefixtures("skips")
 @pytest.mark.parametrize(
     "case, stage",
     [
@@ -246,6 +255,64 @@ def test_every_stage_is_reached_and_exact(case, stage, scans):
     assert scans[stage] > 0 and list(scans)[-1] == stage
     expected = sorted_distances(query, bank)[:, 0]
     torch.testing.assert_close(distance.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.fixture
+def compared(monkeypatch) -> list[int]:
+    """Counts the pairs of a query and a row of the bank whose product is computed."""
+    pairs: list[int] = []
+    compare = neighbors._Scan.compare
+
+    def counting(scan, start, queries):
+        pairs.append(len(queries) * min(scan.size, scan.bank.shape[0] - start))
+        compare(scan, start, queries)
+
+    monkeypatch.setattr(neighbors._Scan, "compare", counting)
+    return pairs
+
+
+def test_gradients_skip_most_of_the_bank(compared):
+    # directions of ten classes; most training samples have a probability near 0
+    classes = normalize(randn(10, 16, seed=3))
+    bank = normalize(classes.repeat(2000, 1) + 0.1 * randn(20000, 16)) * rand(20000, 1) ** 4
+    query = normalize(randn(500, 16, seed=1)) * rand(500, 1, seed=2)
+    query = torch.cat([query, bank[:1500] * 1.01])
+    expected = sorted_distances(query[::50], bank)
+    for k in [1, 10]:
+        compared.clear()
+        distance = kth_distance(query, bank, k)
+        assert sum(compared) < 0.5 * len(query) * len(bank)
+        torch.testing.assert_close(distance[::50].double(), expected[:, k - 1], rtol=1e-6, atol=0)
+
+
+def test_rows_of_one_norm_are_all_compared_once(compared, skips):
+    query, bank = normalize(randn(300, 16, seed=1)), normalize(randn(9000, 16))
+    distance = kth_distance(query, bank)
+    assert sum(compared) == 300 * 9000
+    expected = sorted_distances(query, bank)[:, 0]
+    torch.testing.assert_close(distance.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", ["gaussian", "gradient-like", "near-duplicates 1e-5", "huge"])
+def test_scaled_rows(case, skips):
+    query, bank = CASES[case]
+    packed = ScaledRows.pack(bank)
+    assert packed.directions.dtype == torch.float16 and packed.shape == bank.shape
+    rows = packed[:]
+    norms = bank.double().norm(dim=1)
+    torch.testing.assert_close(rows.norm(dim=1), norms, rtol=2e-7, atol=0)
+    # a unit vector in half precision has an error below 2^-11 in each entry, relative to it
+    assert ((rows - bank).norm(dim=1) <= 2**-11 * norms).all()
+    for k in [1, 10]:
+        distance = kth_distance(query, packed, k)
+        expected = sorted_distances(query, rows)[:, k - 1]
+        torch.testing.assert_close(distance.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_scaled_rows_of_zeros():
+    packed = ScaledRows.pack(torch.zeros(3, 4))
+    assert torch.equal(packed[torch.tensor([0, 2])], torch.zeros(2, 4, dtype=torch.float64))
+    assert kth_distance(torch.ones(1, 4), packed).item() == 2
 
 
 @pytest.mark.parametrize("k", NEIGHBORS)
