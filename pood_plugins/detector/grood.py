@@ -41,6 +41,7 @@ implementation does the following:
   ``temperature="auto"`` takes an eighth of the mean distance of the ID samples to their class
   prototype. That figure, with ``mixup=0.0, k=10, n_synthetic=1.0``, is what validation data chose
   on CIFAR-10 (``benchmarks/cifar10.py``).
+- The bank may be kept in half precision, see ``bank_dtype``.
 - ``mixup`` and :func:`mixup_prototype` weight the sample by 0.5, as the released code does; the
   paper leaves its :math:`\\lambda` open in the parts we know.
 
@@ -59,7 +60,19 @@ implementation does the following:
 import logging
 import math
 import warnings
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +90,11 @@ from torch.nn import Module
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
-from ..neighbors import kth_distance
+from ..neighbors import ScaledRows, kth_distance
 
 log = logging.getLogger(__name__)
+
+_Batches = Callable[[bool], Iterable[Tuple[Tensor, Tensor]]]
 
 _SOURCES = ("auto", "outliers", "mixup", "mean")
 # of the mean distance of ID samples to their prototype, for temperature="auto"
@@ -115,16 +130,28 @@ def grood_gradients(
         feature distance
     :return: gradients of shape :math:`B \\times D`, float64 if ``z`` is float64, otherwise float32
     """
+    probability, distance = _probability(z, prototypes, ood_prototype, temperature)
+    gradients = _gradients(z, ood_prototype, probability, distance)
+    return gradients if z.dtype == torch.float64 else gradients.float()
+
+
+def _probability(
+    z: Tensor, prototypes: Tensor, ood_prototype: Tensor, temperature: Union[float, Tensor]
+) -> Tuple[Tensor, Tensor]:
+    """Softmax probability of the OOD prototype, and distance to it, of shape B, in float64."""
     points = torch.cat([prototypes, ood_prototype[None]]).double()
     # by differences: the expansion of the square would cost the digits that the softmax needs
     distances = torch.cdist(z.double(), points, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.amin(dim=1, keepdim=True)
     # relative to the nearest, so that a tiny temperature does not overflow every logit
-    probability = ((nearest - distances) / temperature).softmax(dim=1)[:, -1:]
+    probabilities = ((nearest - distances) / temperature).softmax(dim=1)
+    return probabilities[:, -1], distances[:, -1]
+
+
+def _gradients(z: Tensor, ood_prototype: Tensor, probability: Tensor, distance: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float64).tiny
-    direction = (z.double() - points[-1]) / distances[:, -1:].clamp(min=tiny)
-    gradients = probability * direction
-    return gradients if z.dtype == torch.float64 else gradients.float()
+    factor = probability / distance.clamp(min=tiny)
+    return (z.double() - ood_prototype.double()).mul_(factor[:, None])
 
 
 class GROOD(FeaturesDetector):
@@ -194,6 +221,7 @@ class GROOD(FeaturesDetector):
         k: Union[int, float] = 1,
         temperature: Union[float, str] = 1.0,
         bank_fraction: float = 1.0,
+        bank_dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
         """
@@ -218,6 +246,10 @@ class GROOD(FeaturesDetector):
             samples to the prototype of their class.
         :param bank_fraction: fraction of the bank to keep, drawn at random. Memory and scoring
             time are proportional to it.
+        :param bank_dtype: ``torch.float32``, or ``torch.float16`` for half the memory: directions
+            are kept in half precision and the norm of each gradient beside them, so that a
+            probability of 1e-30 still counts. Distances to these rows are as exact as ever, but
+            the rows are off by up to :math:`2^{-11}` of their norm.
         :param seed: seed of the random draws for ``"mixup"`` and ``bank_fraction``
         :raises ValueError: if an argument is out of range
         """
@@ -229,14 +261,18 @@ class GROOD(FeaturesDetector):
         self.k = k
         self.temperature = temperature
         self.bank_fraction = bank_fraction
+        self.bank_dtype = bank_dtype
         self.seed = seed
 
         #: class prototypes, of shape :math:`C \times D`
         self.prototypes_: Optional[Tensor] = None
         #: OOD prototype, of shape :math:`D`
         self.ood_prototype_: Optional[Tensor] = None
-        #: gradients of the ID samples, of shape :math:`M \times D`
+        #: gradients of the ID samples, of shape :math:`M \times D`; directions of length about 1
+        #: with ``bank_dtype=torch.float16``
         self.bank_: Optional[Tensor] = None
+        #: factors of these directions, of shape :math:`M`; None with ``torch.float32``
+        self.bank_lengths_: Optional[Tensor] = None
         #: class ids of the prototypes, ascending
         self.classes_: Optional[List[int]] = None
         #: temperature of the fit, of no dimension: what ``"auto"`` came to
@@ -250,34 +286,56 @@ class GROOD(FeaturesDetector):
         Extracts features and fits the detector. Unlike other detectors, samples with label < 0 are
         kept: they are the example outliers of the source ``"outliers"``.
 
+        At no time is more held than the bank and one batch. A whole bank in float32 is as large as
+        the features, which are then kept until they have become the bank. With ``bank_fraction``
+        < 1 or ``torch.float16``, they are not, and there is a second pass over the loader; a third
+        for ``temperature="auto"``, and for the choice of ``n_synthetic`` samples if the loader's
+        data set has OOD samples, no length, or not all classes. The loader must then give the
+        same samples each time: no shuffling, no random augmentation.
+
         :param data_loader: loader yielding batches ``(x, y)`` of training data
         :return: the fitted detector
         :raises ModelNotSetException: if the detector has no encoder
-        :raises ValueError: as in :meth:`fit_features`
+        :raises ValueError: as in :meth:`fit_features`, or if the labels change between passes
         """
         if self.encoder is None:
             raise ModelNotSetException("fit() needs an encoder. Pass one, or use fit_features().")
-
-        device = self.device
+        self._check_hyperparameters()
+        encoder, device = self.encoder, self.device
         if device is None:
             device = torch.device("cpu")
             log.warning(f"No device set. Will use '{device}'.")
+        dimension = getattr(self.head, "in_features", None)
 
-        features, labels = [], []
-        with torch.no_grad():
+        def features() -> Iterator[Tuple[Tensor, Tensor]]:
             for x, y in data_loader:
-                features.append(self.encoder(x.to(device)).detach().flatten(1))
-                labels.append(y)
-        if not features:
-            raise ValueError("The data loader is empty. Pass one with ID training samples.")
-        return self.fit_features(torch.cat(features), torch.cat(labels))
+                with torch.no_grad():
+                    z = encoder(x.to(device)).detach().flatten(1)
+                _check_features(z, dimension)
+                y = _check_labels(y, z).cpu()
+                if len(y):
+                    yield z.float(), y
 
-    @torch.no_grad()
+        if self.bank_fraction < 1.0 or self.bank_dtype != torch.float32:
+            dataset: Any = getattr(data_loader, "dataset", None)
+            expected = len(dataset) if hasattr(dataset, "__len__") else 0
+            return self._fit(lambda last: features(), kept=False, expected=expected)
+        batches = list(features())
+
+        def kept(last: bool) -> Iterator[Tuple[Tensor, Tensor]]:
+            while last and batches:
+                yield batches.pop(0)  # makes room for the bank
+            yield from batches
+
+        return self._fit(kept, kept=True)
+
     def fit_features(self, z: Tensor, labels: Tensor, batch_size: int = 4096) -> Self:
         """
         Computes prototypes and bank from features. Warns of head columns without ID samples (these
         classes get no prototype), of a bank without correctly classified samples, and of vanishing
         gradients.
+
+        The features may be a memory map. Only ``batch_size`` of them are read at once.
 
         :param z: training features of shape :math:`N \\times D`
         :param labels: class labels of shape :math:`N`; samples with label < 0 are example outliers
@@ -292,67 +350,136 @@ class GROOD(FeaturesDetector):
         # labels steer shapes, so they live on the host, where loaders put them
         labels = _check_labels(labels, z).cpu()
         device = self.device or z.device
-        z = z.detach().to(device).float()
 
-        known = (labels >= 0).nonzero()[:, 0]
-        outliers = (labels < 0).nonzero()[:, 0].to(device)
-        if len(known) == 0:
+        def batches(last: bool) -> Iterator[Tuple[Tensor, Tensor]]:
+            for rows, y in zip(z.detach().split(batch_size), labels.split(batch_size)):
+                if len(y):
+                    yield rows.to(device).float(), y
+
+        return self._fit(batches, kept=True)
+
+    @torch.no_grad()
+    def _fit(self, batches: _Batches, kept: bool, expected: int = 0) -> Self:
+        """
+        :param batches: begins a pass over features (float32, on the device) and labels (on the
+            host), told whether it is the last
+        :param kept: whether a pass costs nothing. If it runs the network, there are as few as
+            possible.
+        :param expected: probable number of samples, if they are not kept
+        """
+        known_classes = None
+        if kept:
+            labels = _concatenate([y for _, y in batches(False)])
+            known_classes = labels[labels >= 0].unique()
+            expected = int((labels >= 0).sum())
+        tally = self._tally(batches, expected, known_classes)
+        labels, known = tally.labels, tally.labels >= 0
+        n_known = int(known.sum())
+        if n_known == 0:
             raise ValueError("No ID samples (labels >= 0) to fit on. Pass ID training data.")
-        classes, position = labels[known].unique(return_inverse=True)
 
-        columns = _logits(self.head, z[:1]).shape[1]
-        if int(classes[-1]) >= columns:
-            raise ValueError(
-                f"Label {int(classes[-1])} exceeds the {columns} columns of the head. Labels must "
-                "be class indices of this head; mark outliers with a negative label."
-            )
-        known, position = known.to(device), position.to(device)
+        device, (columns, dimension) = tally.sums.device, tally.sums.shape
+        columns -= 1
+        counts = _columns(labels, columns).bincount(minlength=columns + 1)
+        means = (tally.sums / counts.clamp(min=1).to(device)[:, None]).float()
+        classes = counts[:-1].nonzero()[:, 0]
+        prototypes = means[classes.to(device)]
 
-        prototypes = _class_means(z, known, position, len(classes), batch_size)
+        # what could not be known before the end of the first pass
         generator = torch.Generator().manual_seed(self.seed)
-        ood_prototype = self._make_ood_prototype(
-            z, known, outliers, prototypes, classes, generator, batch_size
-        )
+        source = self._source(dimension, int(counts[-1]), len(classes))
+        mix, mix_again = tally.mix, False
+        if source == "mixup":
+            chosen = self._choose(n_known, generator)
+            mix_again = not mix.mixed(chosen, classes)
+            mix = _Mix(chosen, classes) if mix_again else mix
+        spread = torch.zeros((), dtype=torch.float64, device=device)
+        for z, y in batches(False) if mix_again or self.temperature == "auto" else ():
+            if mix_again:
+                mix.add(z, y, _logits(self.head, z))
+            own = means[_columns(y, columns).to(device)].double()
+            spread += ((z.double() - own).norm(dim=1) * (y >= 0).to(device)).sum()
 
-        temperature = self._make_temperature(z, known, position, prototypes, batch_size)
+        if isinstance(self.ood_prototype, Tensor):
+            ood_prototype = self.ood_prototype.detach().to(device, torch.float32, copy=True)
+        elif source == "outliers":
+            ood_prototype = means[-1].clone()
+        elif source == "mean":
+            ood_prototype = prototypes.double().mean(dim=0).float()
+        else:
+            ood_prototype = mix.mean(prototypes, self.mixup)
+        if isinstance(self.temperature, str):
+            temperature = _SPREAD_FRACTION * spread / n_known
+        else:
+            temperature = torch.tensor(self.temperature, dtype=torch.float64, device=device)
 
-        flags = []
-        for rows, target in zip(known.split(batch_size), position.split(batch_size)):
-            correct = _logits(self.head, z[rows]).argmax(dim=1) == classes.to(device)[target]
-            gradients = grood_gradients(z[rows], prototypes, ood_prototype, temperature)
-            flags.append(torch.stack([correct, (gradients == 0).all(dim=1)]))
-        finite = torch.isfinite(z).all(dim=1)
-        prototype_finite = torch.isfinite(ood_prototype).all()[None]
+        def probability(z: Tensor) -> Tuple[Tensor, Tensor]:
+            return _probability(z, prototypes, ood_prototype, temperature)
+
+        # features that are kept tell before the bank is made which gradients vanish
+        probabilities = [probability(z) for z, _ in batches(False)] if kept else None
+        vanished = torch.empty(0, dtype=torch.bool, device=device)
+        if probabilities is not None:
+            norms = torch.cat([p * (d > 0) for p, d in probabilities])
+            vanished = (norms / math.sqrt(dimension)).float() == 0
+        flags = torch.stack([torch.isfinite(ood_prototype).all(), temperature > 0])
         # the only device-to-host read of a fit
-        packed = torch.cat(
-            [finite, prototype_finite, (temperature > 0)[None], *torch.cat(flags, dim=1)]
-        ).cpu()
-        finite, prototype_finite, spread, correct, vanished = packed.split(
-            [len(z), 1, 1, len(known), len(known)]
+        packed = torch.cat([flags, tally.finite, tally.correct, vanished]).cpu()
+        flags, finite, correct, vanished = packed.split(
+            [2, len(labels), len(labels), len(vanished)]
         )
         _raise_if_not_finite(finite)
-        if not bool(prototype_finite):
+        if not bool(flags[0]):
             raise ValueError(
                 "The OOD prototype contains NaN or infinite values. Compute it from finite "
                 "features."
             )
-
-        if not bool(spread):
+        if not bool(flags[1]):
             raise ValueError(
                 "temperature='auto' needs ID features that differ within their class, but all lie "
                 "on the prototype of theirs. Check the features, or give a number."
             )
-        bank = correct.nonzero()[:, 0]
-        if len(bank) == 0:
-            bank = torch.arange(len(known))
+
+        rows = correct.nonzero()[:, 0]
+        if len(rows) == 0:
+            rows = known.nonzero()[:, 0]
             warnings.warn(
                 "The head classifies no training sample correctly. The bank holds all of them "
                 "instead. Check that encoder, head and labels belong together."
             )
         if self.bank_fraction < 1.0:
-            size = max(1, int(self.bank_fraction * len(bank)))
-            bank = bank[torch.randperm(len(bank), generator=generator)[:size]].sort().values
-        share = float(vanished[bank].float().mean())
+            size = max(1, int(self.bank_fraction * len(rows)))
+            rows = rows[torch.randperm(len(rows), generator=generator)[:size]].sort().values
+        in_bank = torch.zeros(len(labels), dtype=torch.bool)
+        in_bank[rows] = True
+
+        # the last pass
+        half = self.bank_dtype == torch.float16
+        bank = torch.empty(len(rows), dimension, dtype=self.bank_dtype, device=device)
+        lengths = torch.empty(len(rows), device=device) if half else None
+        n_vanished = torch.zeros((), dtype=torch.long, device=device)
+        passed, filled = 0, 0
+        for index, (z, y) in enumerate(batches(True)):
+            if not torch.equal(y, labels[passed : passed + len(y)]):
+                break
+            of_batch = in_bank[passed : passed + len(y)].nonzero()[:, 0].to(device)
+            passed += len(y)
+            p, d = probability(z) if probabilities is None else probabilities[index]
+            gradients = _gradients(z[of_batch], ood_prototype, p[of_batch], d[of_batch])
+            part = slice(filled, filled + len(of_batch))
+            filled += len(of_batch)
+            n_vanished += (gradients.float() == 0).all(dim=1).sum()
+            if lengths is not None:
+                scaled = ScaledRows.pack(gradients)
+                gradients, lengths[part] = scaled.directions, scaled.lengths
+            bank[part] = gradients
+        if passed != len(labels):
+            raise ValueError(
+                "The loader gave other labels in another pass. Turn shuffling off, or extract the "
+                "features once and use fit_features()."
+            )
+
+        share = float(vanished[rows].float().mean() if kept else n_vanished / len(rows))
         if share > 0.01:
             warnings.warn(
                 f"{share:.0%} of the bank have a gradient of norm 0, so their scores tie. Use a "
@@ -364,20 +491,41 @@ class GROOD(FeaturesDetector):
                 f"No ID sample for {len(missing)} of the {columns} head columns "
                 f"({_shorten(missing)}). These classes get no prototype."
             )
-
-        rows = known[bank.to(device)]
-        self.bank_ = torch.cat(
-            [
-                grood_gradients(z[chunk], prototypes, ood_prototype, temperature)
-                for chunk in rows.split(batch_size)
-            ]
-        )
+        self.bank_, self.bank_lengths_ = bank, lengths
         self.prototypes_ = prototypes
         self.ood_prototype_ = ood_prototype
         self.classes_ = classes.tolist()
         self.temperature_ = temperature
         self._fitted_temperature = self.temperature
         return self
+
+    def _tally(self, batches: _Batches, expected: int, classes: Optional[Tensor]) -> "_Tally":
+        """The first pass. Mixes features on the assumption of so many samples of these classes."""
+        labels: List[Tensor] = []
+        finite: List[Tensor] = []
+        correct: List[Tensor] = []
+        sums, mix = torch.zeros(1, 0), _Mix(torch.zeros(0, dtype=torch.bool), torch.arange(0))
+        for z, y in batches(False):
+            logits = _logits(self.head, z)
+            columns = logits.shape[1]
+            if not labels:
+                sums = torch.zeros(columns + 1, z.shape[1], dtype=torch.float64, device=z.device)
+                chosen = self._choose(expected, torch.Generator().manual_seed(self.seed))
+                mix = _Mix(chosen, torch.arange(columns) if classes is None else classes)
+            if int(y.max()) >= columns:
+                raise ValueError(
+                    f"Label {int(y.max())} exceeds the {columns} columns of the head. Labels must "
+                    "be class indices of this head; mark outliers with a negative label."
+                )
+            column = _columns(y, columns).to(z.device)
+            sums.index_add_(0, column, z.double())
+            if isinstance(self.ood_prototype, str) and self.ood_prototype in ("auto", "mixup"):
+                mix.add(z, y, logits)
+            # a sum of float32 numbers in float64 is finite if, and only if, all of them are
+            finite.append(torch.isfinite(z.sum(dim=1, dtype=torch.float64)))
+            correct.append(logits.argmax(dim=1) == column)
+            labels.append(y)
+        return _Tally(sums, _concatenate(labels), _concatenate(finite), _concatenate(correct), mix)
 
     def predict(self, x: Tensor) -> Tensor:
         """
@@ -398,7 +546,7 @@ class GROOD(FeaturesDetector):
         return self.predict_features(z)
 
     @torch.no_grad()
-    def predict_features(self, z: Tensor, batch_size: int = 1024) -> Tensor:
+    def predict_features(self, z: Tensor, batch_size: int = 16384) -> Tensor:
         """
         :param z: features of shape :math:`B \\times D`
         :param batch_size: number of samples processed at once; lower it to reduce peak memory
@@ -411,70 +559,48 @@ class GROOD(FeaturesDetector):
         prototypes, ood_prototype, bank, temperature = self._fitted_state()
         self._check_hyperparameters()
         _check_features(z, bank.shape[1])
+        lengths = self.bank_lengths_
+        rows = bank if lengths is None else ScaledRows(bank, lengths)
 
         def gradients(chunk: Tensor) -> Tensor:
             return grood_gradients(chunk, prototypes, ood_prototype, temperature)
 
         z = z.detach().to(bank.device).float()
         k = _count("k", self.k, len(bank))
-        return kth_distance(z, bank, k, batch_size, transform=gradients)
+        return kth_distance(z, rows, k, batch_size, transform=gradients)
 
     def __repr__(self) -> str:
         source = "tensor" if isinstance(self.ood_prototype, Tensor) else self.ood_prototype
         return f"GROOD(ood_prototype={source}, k={self.k}, temperature={self.temperature})"
 
-    def _make_ood_prototype(
-        self,
-        z: Tensor,
-        known: Tensor,
-        outliers: Tensor,
-        prototypes: Tensor,
-        classes: Tensor,
-        generator: torch.Generator,
-        batch_size: int,
-    ) -> Tensor:
-        if isinstance(self.ood_prototype, Tensor):
-            if self.ood_prototype.shape[0] != z.shape[1]:
-                raise ValueError(
-                    f"The OOD prototype has {self.ood_prototype.shape[0]} entries, the features "
-                    f"have {z.shape[1]}. Compute it with the same encoder."
-                )
-            return self.ood_prototype.detach().to(z.device, torch.float32, copy=True)
-
+    def _source(self, dimension: int, n_outliers: int, n_classes: int) -> str:
+        """The source of the OOD prototype that is meant, if the data suffice for it."""
         source = self.ood_prototype
-        if source == "auto":
-            source = "outliers" if len(outliers) else "mixup" if len(classes) > 1 else "mean"
-        if source == "outliers":
-            if len(outliers) == 0:
+        if isinstance(source, Tensor):
+            if source.shape[0] != dimension:
                 raise ValueError(
-                    "ood_prototype='outliers' needs samples with label < 0 in the fitted data. "
-                    "Add some, or use 'mixup' or 'mean'."
+                    f"The OOD prototype has {source.shape[0]} entries, the features have "
+                    f"{dimension}. Compute it with the same encoder."
                 )
-            return _class_means(z, outliers, torch.zeros_like(outliers), 1, batch_size)[0]
-        if source == "mean":
-            return prototypes.double().mean(dim=0).float()
+            return "tensor"
+        if source == "auto":
+            source = "outliers" if n_outliers else "mixup" if n_classes > 1 else "mean"
+        if source == "outliers" and n_outliers == 0:
+            raise ValueError(
+                "ood_prototype='outliers' needs samples with label < 0 in the fitted data. Add "
+                "some, or use 'mixup' or 'mean'."
+            )
+        if source == "mixup":
+            _check_two_classes(n_classes)
+        return source
 
-        _check_two_classes(len(classes))
-        size = min(_count("n_synthetic", self.n_synthetic, len(known)), len(known))
-        if size < len(known):
-            chosen = torch.randperm(len(known), generator=generator)[:size].sort().values
-            known = known[chosen.to(known.device)]
-        total = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
-        for rows in known.split(batch_size):
-            runner_up = _runner_up(_logits(self.head, z[rows]), classes)
-            mixed = self.mixup * z[rows] + (1 - self.mixup) * prototypes[runner_up]
-            total += mixed.double().sum(dim=0)
-        return (total / size).float()
-
-    def _make_temperature(
-        self, z: Tensor, known: Tensor, position: Tensor, prototypes: Tensor, batch_size: int
-    ) -> Tensor:
-        if not isinstance(self.temperature, str):
-            return torch.tensor(self.temperature, dtype=torch.float64, device=z.device)
-        total = torch.zeros((), dtype=torch.float64, device=z.device)
-        for rows, target in zip(known.split(batch_size), position.split(batch_size)):
-            total += (z[rows].double() - prototypes[target].double()).norm(dim=1).sum()
-        return _SPREAD_FRACTION * total / len(known)
+    def _choose(self, n: int, generator: torch.Generator) -> Tensor:
+        """Mask of the ID samples to mix, of shape n."""
+        size = min(_count("n_synthetic", self.n_synthetic, n), n)
+        chosen = torch.ones(n, dtype=torch.bool)
+        if size < n:
+            chosen[torch.randperm(n, generator=generator)[size:]] = False
+        return chosen
 
     def _fitted_state(self) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         prototypes, ood_prototype = self.prototypes_, self.ood_prototype_
@@ -503,6 +629,10 @@ class GROOD(FeaturesDetector):
             )
         _check_fraction("mixup", self.mixup)
         _check_fraction("bank_fraction", self.bank_fraction)
+        if self.bank_dtype not in (torch.float32, torch.float16):
+            raise ValueError(
+                f"bank_dtype must be torch.float32 or torch.float16, got {self.bank_dtype!r}."
+            )
         _count("n_synthetic", self.n_synthetic, 1)
         _count("k", self.k, 1)
         number = self.temperature if isinstance(self.temperature, (int, float)) else -1
@@ -736,16 +866,60 @@ def _runner_up(logits: Tensor, classes: Tensor) -> Tensor:
     return logits[:, classes.to(logits.device)].topk(2, dim=1).indices[:, 1]
 
 
-def _class_means(
-    z: Tensor, rows: Tensor, position: Tensor, n_classes: int, batch_size: int
-) -> Tensor:
-    """Mean of the rows at each position, in float64, so that their order does not matter."""
-    sums = torch.zeros(n_classes, z.shape[1], dtype=torch.float64, device=z.device)
-    for chunk, target in zip(rows.split(batch_size), position.split(batch_size)):
-        sums.index_add_(0, target, z[chunk].double())
-    counts = torch.zeros(n_classes, dtype=torch.float64, device=z.device)
-    counts.index_add_(0, position, torch.ones_like(position, dtype=torch.float64))
-    return (sums / counts[:, None]).float()
+class _Tally(NamedTuple):
+    """What the first pass over the training data finds."""
+
+    sums: Tensor  # of the features of each column of the head and, in the last row, of outliers
+    labels: Tensor  # on the host
+    finite: Tensor  # whether the features are
+    correct: Tensor  # whether the head is
+    mix: "_Mix"
+
+
+class _Mix:
+    """
+    Mean of mixed features. It is linear in them, so that prototypes may follow in the end.
+    """
+
+    def __init__(self, chosen: Tensor, classes: Tensor):
+        """
+        :param chosen: mask of the ID samples to mix
+        :param classes: that may be runner-up
+        """
+        self.chosen, self.classes = chosen, classes
+        self.passed = 0
+        self.total = torch.zeros(())
+        self.runners_up = torch.zeros(len(classes), dtype=torch.float64)
+
+    def add(self, z: Tensor, y: Tensor, logits: Tensor) -> None:
+        known = (y >= 0).nonzero()[:, 0]
+        use = self.chosen[self.passed : self.passed + len(known)]
+        self.passed += len(known)
+        rows = known[: len(use)][use].to(z.device)
+        if len(rows) == 0 or len(self.classes) < 2:
+            return
+        self.total = self.total.to(z.device) + z[rows].double().sum(dim=0)
+        runner_up = _runner_up(logits[rows], self.classes)
+        ones = torch.ones_like(runner_up, dtype=torch.float64)
+        self.runners_up = self.runners_up.to(z.device).index_add_(0, runner_up, ones)
+
+    def mixed(self, chosen: Tensor, classes: Tensor) -> bool:
+        """Whether these were the samples."""
+        same = torch.equal(self.chosen[: len(chosen)], chosen)
+        return same and torch.equal(self.classes, classes)
+
+    def mean(self, prototypes: Tensor, weight: float) -> Tensor:
+        mixed = weight * self.total + (1 - weight) * (self.runners_up @ prototypes.double())
+        return (mixed / int(self.chosen[: self.passed].sum())).float()
+
+
+def _columns(labels: Tensor, columns: int) -> Tensor:
+    """Column of the head of each label, and the one after the last for outliers."""
+    return torch.where(labels < 0, columns, labels)
+
+
+def _concatenate(parts: List[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 
 
 def _device_of(*modules: Callable) -> torch.device:

@@ -1,4 +1,5 @@
 import copy
+import gc
 import math
 import warnings
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_ood.api import RequiresFittingException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import gaussian_blur
 
 from pood_plugins.detector import GROOD, grood, grood_gradients, mixup_prototype, noise_prototype
@@ -84,6 +86,21 @@ def explicit_scores(source, head, z, labels, queries, k=1, temperature=1.0, mixu
     ):
         scores.append(sorted(np.sqrt(((gradient - b) ** 2).sum()) for b in bank)[k - 1])
     return torch.tensor(np.array(scores)), len(bank)
+
+
+def assert_same_fit(detector: GROOD, expected: GROOD) -> None:
+    """The same but for the rounding of sums in another order."""
+    for name in ("prototypes_", "ood_prototype_", "temperature_"):
+        torch.testing.assert_close(getattr(detector, name), getattr(expected, name))
+    assert detector.classes_ == expected.classes_
+    assert detector.bank_.dtype == expected.bank_.dtype
+    rows = []
+    for d in (detector, expected):
+        lengths = 1.0 if d.bank_lengths_ is None else d.bank_lengths_[:, None]
+        rows.append(d.bank_.float() * lengths)
+    # halves that lie between two numbers may be rounded to either
+    atol = 1e-7 if expected.bank_lengths_ is None else 1e-3
+    torch.testing.assert_close(*rows, rtol=1e-5, atol=atol)
 
 
 class TestGradients:
@@ -274,6 +291,105 @@ class TestFit:
         assert torch.equal(fits[0].ood_prototype_, fits[1].ood_prototype_)
         assert torch.equal(fits[0].bank_, fits[1].bank_)
 
+    @pytest.mark.parametrize("fraction, dtype", [(0.5, torch.float32), (1.0, torch.float16)])
+    @pytest.mark.parametrize(
+        "arguments, passes",
+        [
+            ({"ood_prototype": "mean"}, 2),
+            ({"ood_prototype": "outliers"}, 2),
+            ({"ood_prototype": randn(6, seed=5)}, 2),
+            ({"ood_prototype": "mixup"}, 2),
+            ({"ood_prototype": "mixup", "n_synthetic": 20}, 3),  # there are outliers among them
+            ({"n_synthetic": 20}, 2),  # "auto": these outliers are the prototype
+            ({"ood_prototype": "mean", "temperature": "auto"}, 3),
+            ({"ood_prototype": "mixup", "n_synthetic": 0.2, "temperature": "auto"}, 3),
+        ],
+    )
+    def test_small_banks_are_fitted_in_few_passes(self, arguments, passes, fraction, dtype):
+        head, z, labels = problem()
+        arguments = {**arguments, "bank_fraction": fraction, "bank_dtype": dtype}
+        expected = GROOD(None, head, **arguments).fit_features(z, labels)
+        loader = DataLoader(TensorDataset(z, labels), batch_size=25)
+        seen = []
+        encoder = nn.Identity()
+        encoder.register_forward_hook(lambda *a: seen.append(len(a[2])))
+        detector = GROOD(encoder, head, **arguments).fit(loader)
+        assert sum(seen) == passes * len(z)
+        assert_same_fit(detector, expected)
+
+    def test_a_choice_among_id_samples_alone_needs_no_third_pass(self):
+        head, z, labels = problem()
+        z, labels = z[labels >= 0], labels[labels >= 0]
+        arguments = {"n_synthetic": 20, "bank_fraction": 0.5}
+        expected = GROOD(None, head, **arguments).fit_features(z, labels)
+        for loader, passes in [
+            (DataLoader(TensorDataset(z, labels), batch_size=25), 2),
+            ([(z[:70], labels[:70]), (z[70:], labels[70:])], 3),  # has no length beforehand
+        ]:
+            seen = []
+            encoder = nn.Identity()
+            encoder.register_forward_hook(lambda *a: seen.append(len(a[2])))
+            assert_same_fit(GROOD(encoder, head, **arguments).fit(loader), expected)
+            assert sum(seen) == passes * len(z)
+
+    def test_a_choice_with_absent_classes_needs_a_third_pass(self):
+        head, z, labels = problem()
+        keep = (labels >= 0) & (labels != 2)
+        z, labels = z[keep], labels[keep]
+        arguments = {"n_synthetic": 20, "bank_fraction": 0.5}
+        loader = DataLoader(TensorDataset(z, labels), batch_size=25)
+        with pytest.warns(UserWarning, match="No ID sample for 1 of the 4"):
+            expected = GROOD(None, head, **arguments).fit_features(z, labels)
+            detector = GROOD(nn.Identity(), head, **arguments).fit(loader)
+        assert_same_fit(detector, expected)
+
+    @pytest.mark.parametrize("fraction, largest", [(0.5, 3), (1.0, 100)])
+    def test_features_are_kept_for_a_whole_bank_only(self, fraction, largest):
+        head, z, labels = problem(n=600)
+
+        def encoder(x):
+            passed.append(len(x))
+            if len(passed) % 30 == 0:  # in the middle and at the end of a pass
+                with warnings.catch_warnings():  # of deprecated attributes of other objects
+                    warnings.simplefilter("ignore")
+                    tensors = [t for t in gc.get_objects() if type(t) is Tensor]
+                alive.append(sum(t.shape == (10, 6) for t in tensors))
+            return x * 1
+
+        passed: list[int] = []
+        alive: list[int] = []
+        loader = DataLoader(TensorDataset(z, labels), batch_size=10)
+        GROOD(encoder, head, bank_fraction=fraction).fit(loader)
+        assert max(alive) <= largest
+        assert (max(alive) > 50) == (fraction == 1.0)
+
+    @pytest.mark.parametrize("change", ["other order", "fewer"])
+    def test_passes_must_not_differ(self, change):
+        head, z, labels = problem()
+        detector = GROOD(nn.Identity(), head, ood_prototype="mean", bank_fraction=0.5)
+
+        class Loader:
+            passes = 0
+
+            def __iter__(self):
+                self.passes += 1
+                if self.passes == 1:
+                    return iter([(z, labels)])
+                if change == "fewer":
+                    return iter([(z[:100], labels[:100])])
+                return iter([(z.flip(0), labels.flip(0))])
+
+        with pytest.raises(ValueError, match="other labels in another pass. Turn shuffling off"):
+            detector.fit(Loader())
+        assert detector.bank_ is None
+
+    def test_vanishing_gradients_in_few_passes(self):
+        head, z, labels = problem()
+        far = torch.full((6,), 1e4)
+        loader = DataLoader(TensorDataset(z, labels), batch_size=25)
+        with pytest.warns(UserWarning, match=r"100% of the bank .* norm 0"):
+            GROOD(nn.Identity(), head, ood_prototype=far, bank_fraction=0.5).fit(loader)
+
     def test_no_correct_prediction(self):
         head, z, labels = problem()
         labels = torch.where(labels >= 0, (head(z).argmax(dim=1) + 1) % 4, labels)
@@ -365,6 +481,42 @@ class TestPredict:
         detector.temperature = 1.0
         assert torch.equal(detector.predict_features(z), scores)
 
+    @pytest.mark.parametrize("temperature", [1.0, 0.02])
+    def test_half_precision(self, temperature):
+        head, z, labels = problem()
+        arguments = {"ood_prototype": "mean", "temperature": temperature}
+        full = GROOD(None, head, **arguments).fit_features(z, labels)
+        half = GROOD(None, head, bank_dtype=torch.float16, **arguments).fit_features(z, labels)
+        assert half.bank_.dtype == torch.float16 and half.bank_.shape == full.bank_.shape
+        assert half.bank_lengths_.dtype == torch.float32 and full.bank_lengths_ is None
+        queries = torch.cat([z, randn(50, 6, seed=3)])
+        gradients = grood_gradients(
+            queries, half.prototypes_, half.ood_prototype_, half.temperature_
+        )
+        # exact distances to the rows as they are kept, and these are off by 2^-11 at most
+        rows = half.bank_.double() * half.bank_lengths_.double()[:, None]
+        expected = torch.cdist(
+            gradients.double(), rows, compute_mode="donot_use_mm_for_euclid_dist"
+        ).amin(dim=1)
+        scores = half.predict_features(queries)
+        torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=1e-44)
+        bank = full.bank_.double()
+        assert ((rows - bank).norm(dim=1) <= 2**-11 * bank.norm(dim=1) + 1e-44).all()
+        assert ((scores - full.predict_features(queries)).abs() <= 2**-11).all()
+
+    def test_half_precision_keeps_tiny_gradients(self):
+        head, z, labels = problem()
+        # all features lie so much closer to their prototype that probabilities are near 1e-30
+        arguments = {"ood_prototype": torch.full((6,), 30.0), "temperature": 1.0}
+        full = GROOD(None, head, **arguments).fit_features(z, labels)
+        half = GROOD(None, head, bank_dtype=torch.float16, **arguments).fit_features(z, labels)
+        norms = full.bank_.double().norm(dim=1)
+        assert norms.max() < 1e-20 and norms.min() > 0
+        torch.testing.assert_close(half.bank_lengths_.double(), norms, rtol=1e-3, atol=0)
+        scores = half.predict_features(z + 0.1), full.predict_features(z + 0.1)
+        assert len(set(scores[0].tolist())) == len(z) and (scores[0] > 0).all()
+        torch.testing.assert_close(*scores, rtol=0.02, atol=0)
+
     def test_training_samples_of_the_bank_score_zero(self):
         head, z, labels = problem()
         detector = GROOD(None, head).fit_features(z, labels)
@@ -405,6 +557,8 @@ class TestPredict:
         ({"temperature": math.inf}, "temperature must be a finite number > 0"),
         ({"temperature": math.nan}, "temperature must be a finite number > 0"),
         ({"bank_fraction": 95}, r"bank_fraction must be .*use 0\.95 instead of 95"),
+        ({"bank_dtype": torch.bfloat16}, "must be torch.float32 or torch.float16, got torch.bf"),
+        ({"bank_dtype": "float16"}, "must be torch.float32 or torch.float16, got 'float16'"),
         ({"bank_fraction": -0.1}, "bank_fraction must be a fraction"),
     ],
 )
@@ -436,7 +590,7 @@ def test_prototype_without_data(source, keep, message):
 
 
 def test_empty_loader():
-    with pytest.raises(ValueError, match="data loader is empty. Pass one"):
+    with pytest.raises(ValueError, match=r"No ID samples \(labels >= 0\)"):
         GROOD(nn.Flatten(), problem()[0]).fit([])
 
 
