@@ -37,6 +37,9 @@ and ``checkpoint.zip``, from which ``--resume`` goes on after an interruption.
 The ways to fine-tune are ``ce`` (cross-entropy, without outliers), ``oe`` (outlier exposure),
 ``energy`` (energy-regularized training), ``greg`` and ``greg+``.
 
+Under torchrun, several processes share the work of ``pood benchmark``, see
+:mod:`pood_plugins.distributed`.
+
 The exit status is 0 if all went well, 1 if something failed, and 2 if the command was wrong.
 Errors are one line; ``--verbose`` shows where they come from.
 """
@@ -54,7 +57,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, registry
+from . import __version__, distributed, registry
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -87,10 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(
-                f"pood: warning: {message}", file=sys.stderr
-            )
-            return options.run(options)
+            warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+            with distributed.join(getattr(options, "device", "cpu")):
+                return distributed.exchange(options.run(options), "exit status")[0]
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -108,8 +110,15 @@ def _fail(error: Exception, status: int, verbose: bool) -> int:
     if verbose:
         raise error
     message = error.args[0] if isinstance(error, LookupError) and error.args else error
-    print(f"pood: {message}", file=sys.stderr)
+    # of several processes, the first to fail says why: the others fail like it, or because of it
+    if distributed.says_first("error"):
+        print(f"pood: {message}", file=sys.stderr)
     return status
+
+
+def _say(message: str) -> None:
+    if distributed.says_first(message):
+        print(f"pood: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -260,6 +269,8 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if distributed.rank():
+        return 0
     for plural, kind in _KINDS.items():
         if options.kind in (None, plural):
             plugins = registry.list_plugins(kind)
@@ -280,7 +291,11 @@ def _benchmark(options: argparse.Namespace) -> int:
     place = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):  # now, and not after the run
         raise ValueError(f"nothing can be written to {place}: name another folder by --output")
+    if digits:
+        _refuse_several("benchmark digits")
     report = _run_digits(options, detectors) if digits else _run_images(options, detectors)
+    if distributed.rank():
+        return 0
     report.save(output)
 
     print(report.to_text())
@@ -314,6 +329,13 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     if given:
         flags = ", ".join("--" + argument.replace("_", "-") for argument in given)
         raise LookupError(f"{options.name} has no use for {flags}: leave it out")
+
+
+def _refuse_several(command: str) -> None:
+    if distributed.size() > 1:
+        raise LookupError(
+            f"pood {command} trains, which several processes can't share: run it without torchrun"
+        )
 
 
 def _run_digits(options: argparse.Namespace, detectors: list[str] | None) -> "Report":
@@ -371,6 +393,7 @@ def _run_images(options: argparse.Namespace, detectors: list[str] | None) -> "Re
 
 
 def _finetune(options: argparse.Namespace) -> int:
+    _refuse_several("finetune")
     try:
         from safetensors.torch import save
     except ImportError as error:

@@ -41,7 +41,7 @@ each decision would have to wait for it.
 """
 
 import math
-from typing import Callable, Optional, Tuple, Union
+from typing import Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ __all__ = ["ScaledRows", "kth_distance"]
 _QUERIES, _ROWS, _ROWS_GPU = 2048, 1024, 16384
 #: groups kept in addition to the :math:`k` that the answer needs, so that the certificate has room
 _EXTRA_GROUPS = 2
+#: entries of prepared rows that are kept for the way back, 128 MiB
+_PREPARED = 1 << 25
 #: entries of the float64 differences held at once, 2 MiB
 _DIFFERENCES = 1 << 18
 #: relative slack of the certificate on squared distances; half of it is the error of a distance
@@ -129,7 +131,7 @@ def kth_distance(
 
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         norms = torch.cat(
-            [_norm(bank[i : i + _ROWS_GPU]) for i in range(0, bank.shape[0], _ROWS_GPU)]
+            [_norm(bank[i : i + _QUERIES]) for i in range(0, bank.shape[0], _QUERIES)]
         )
         bank_finite = torch.isfinite(norms.square()).all()
         norms, order = norms.sort()
@@ -222,29 +224,41 @@ def _nearest(
     :return: distances of shape :math:`B` and whether each is certainly the :math:`k`-th smallest
     """
     rows, dimension = bank.shape
-    scan = _Scan(query, bank, order, norms, k, dtype)
-    starts = range(0, rows, scan.size)
+    norm, by_norm = torch.cat([_norm(x) for x in query.split(_QUERIES)]).sort()
+    query = query[by_norm]
+    scan = _Scan(query, norm, bank, order, norms, k, dtype)
+    starts = list(enumerate(range(0, rows, scan.size)))
     if scan.skips:
         first = torch.arange(0, rows, scan.size)
         last = (first + scan.size).clamp(max=rows) - 1
         lowest, highest = norms[first], norms[last]
-        home = torch.searchsorted(lowest, scan.norm, right=True).sub_(1).clamp_(min=0)
-        for block, start in enumerate(starts):
-            scan.compare(start, (home == block).nonzero()[:, 0])
-        # large norms come first: their queries have most to skip, once they have found something
-        for block, start in reversed(list(enumerate(starts))):
-            gap = torch.maximum(lowest[block] - scan.norm, scan.norm - highest[block])
-            scan.compare(start, ((gap < scan.upper()) & (home != block)).nonzero()[:, 0])
+        home = torch.searchsorted(lowest, norm, right=True).sub_(1).clamp_(min=0)
+        # from the block of its own norm, each query goes down as far as needed, and then up
+        for block, start in reversed(starts):
+            scan.compare(start, (home >= block) & (norm - highest[block] < scan.upper()))
+        for block, start in starts:
+            scan.compare(start, (home < block) & (lowest[block] - norm < scan.upper()))
     else:
-        for start in starts:
-            scan.compare(start, torch.arange(len(query), device=query.device))
+        for _, start in starts:
+            scan.compare(start)
 
-    kth = _rerank(query, bank, order, scan.candidates(), k)
-    lower = scan.norm.square() - scan.best[:, -1].double()
-    lower -= (dimension + 8) * torch.finfo(dtype).tiny
     largest = math.sqrt(torch.finfo(dtype).max / 8)
-    no_overflow = (scan.norm < largest) & (norms[-1] < largest)
-    return kth, (kth == 0) | (no_overflow & (kth.square() * (1 - _SLACK) <= lower))
+    no_overflow = (norm < largest) & (norms[-1] < largest)
+
+    def rerank(chosen: Tensor, keep: int) -> Tuple[Tensor, Tensor]:
+        """Among so many groups: the next one tells whether these were enough."""
+        kth = _rerank(query[chosen], bank, order, scan.candidates(chosen, keep), k)
+        lower = norm[chosen].square() - scan.best[chosen, keep].double()
+        lower -= (dimension + 8) * torch.finfo(dtype).tiny
+        enough = no_overflow[chosen] & (kth.square() * (1 - _SLACK) <= lower)
+        return kth, (kth == 0) | enough
+
+    distance, certain = rerank(scan.queries, k if scan.skips else k + _EXTRA_GROUPS - 1)
+    if scan.skips and not certain.all():
+        again = (~certain).nonzero()[:, 0]
+        distance[again], certain[again] = rerank(again, k + _EXTRA_GROUPS - 1)
+    back = by_norm.argsort()
+    return distance[back], certain[back]
 
 
 class _Scan:
@@ -253,6 +267,7 @@ class _Scan:
     def __init__(
         self,
         query: Tensor,
+        norm: Tensor,
         bank: Union[Tensor, ScaledRows],
         order: Tensor,
         norms: Tensor,
@@ -271,7 +286,8 @@ class _Scan:
         # bound of the relative rounding error of a dot product, with room for the conversions
         self.unit = (dimension + 8) * torch.finfo(dtype).eps / 2
 
-        self.norm = _norm(query)
+        self.norm = norm
+        self.queries = torch.arange(len(query), device=query.device)
         # left @ right.T = 2<q, b> - |b|^2 + rounding bound >= |q|^2 - |q - b|^2
         bound = (2 * self.unit * self.norm[:, None]).to(dtype)
         one = torch.ones_like(bound)
@@ -282,13 +298,19 @@ class _Scan:
         self.best = one.new_full((len(query), keep), float("-inf"))
         #: and the first of their rows, in the order of the norms; beyond the end is nothing
         self.first = torch.full_like(self.best, rows, dtype=torch.long)
+        # memory of the products and their factors, used again and again: to get it anew for each
+        # takes longer than some products
+        most = min(len(query), _QUERIES)
+        self.product = one.new_empty(most, self.size)
+        self.factor = one.new_empty(most, dimension + 2)
+        self.prepared: Dict[int, Tensor] = {}
         #: largest norm that a query was compared with
         self.reach = torch.zeros_like(self.norm)
 
-    def compare(self, start: int, queries: Tensor) -> None:
-        """Compares some queries with the rows of a block."""
-        if len(queries) == 0:
-            return
+    def rows(self, start: int) -> Tensor:
+        """Rows of a block, with what makes their products with the queries bounds."""
+        if start in self.prepared:
+            return self.prepared[start]
         b = self.bank[self.order[start : start + self.size]].to(self.dtype)
         norms = self.norms[start : start + self.size, None]
         squared = (1 - self.unit) * norms.square()
@@ -296,14 +318,42 @@ class _Scan:
         if len(right) < self.size:  # infinitely far rows
             right = F.pad(right, (0, 0, 0, self.size - len(right)))
             right[len(b) :, -1] = float("inf")
+        if len(self.prepared) * right.numel() < _PREPARED:
+            self.prepared[start] = right
+        return right
+
+    def compare(self, start: int, wanted: Optional[Tensor] = None) -> None:
+        """
+        Compares queries with the rows of a block.
+
+        :param wanted: mask of the queries, of shape :math:`B`; default is all
+        """
+        low, high, chosen = 0, len(self.best), None
+        if wanted is not None:
+            chosen = wanted.nonzero()[:, 0]
+            if len(chosen) == 0:
+                return  # before the rows are made ready
+            low, high = int(chosen[0]), int(chosen[-1]) + 1
+            if len(chosen) > 0.8 * (high - low):
+                chosen = None  # to pick them would cost more than it saves
+        if chosen is None:
+            chosen = self.queries[low:high]
+            factors = self.left[low:high].split(_QUERIES)
+        else:
+            factors = [None] * -(-len(chosen) // _QUERIES)
+        right = self.rows(start)
         stride = self.size // self.group
         keep = self.best.shape[1]
-        for rows in queries.split(_QUERIES):
-            self.reach[rows] = self.reach[rows].maximum(norms[-1])
-            product = self.left[rows] @ right.T
-            closeness = product.view(len(rows), self.group, stride).amax(dim=1)
-            if self.skips:  # most queries find nothing new here
-                better = closeness.amax(dim=1) > self.best[rows, -1]
+        largest = self.norms[start : start + self.size][-1]
+        for rows, factor in zip(chosen.split(_QUERIES), factors):
+            n = len(rows)
+            if factor is None:
+                factor = torch.index_select(self.left, 0, rows, out=self.factor[:n])
+            self.reach[rows] = self.reach[rows].maximum(largest)
+            product = torch.mm(factor, right.T, out=self.product[:n])
+            closeness = product.view(n, self.group, stride).amax(dim=1)
+            if wanted is not None:  # most queries find nothing new here
+                better = (closeness.amax(dim=1) > self.best[rows, -1]) & wanted[rows]
                 closeness, rows = closeness[better], rows[better]
             best, index = torch.cat([self.best[rows], closeness], dim=1).topk(keep, dim=1)
             before = self.first[rows].gather(1, index.clamp(max=keep - 1))
@@ -316,11 +366,14 @@ class _Scan:
         error = 2 * self.unit * (2 * self.norm + self.reach) * self.reach
         return (self.norm.square() - self.best[:, self.k - 1].double() + error).sqrt()
 
-    def candidates(self) -> Tensor:
-        """Rows of the kept groups, in the order of the norms, of shape B x candidates."""
+    def candidates(self, queries: Tensor, keep: int) -> Tensor:
+        """
+        :return: rows of the best groups of some queries, in the order of the norms, of shape
+            queries x candidates
+        """
         stride = self.size // self.group
         offsets = stride * torch.arange(self.group, device=self.first.device)
-        return (self.first[:, :, None] + offsets).flatten(1)
+        return (self.first[queries, :keep, None] + offsets).flatten(1)
 
 
 def _rerank(
@@ -335,7 +388,10 @@ def _rerank(
     kth = []
     for q, index in zip(query.split(step), candidates.split(step)):
         b = bank[order[index.clamp(max=rows - 1)].flatten()].view(*index.shape, dimension)
-        distance = _norm(b - q.double()[:, None]).masked_fill_(index >= rows, float("inf"))
+        # a difference of two float32 numbers is rounded once, and that is good enough
+        dtype = torch.promote_types(torch.promote_types(b.dtype, q.dtype), torch.float32)
+        difference = b.to(dtype) - q[:, None].to(dtype)
+        distance = _norm(difference).masked_fill_(index >= rows, float("inf"))
         kth.append(distance.topk(k, dim=1, largest=False).values[:, -1])
     return torch.cat(kth)
 

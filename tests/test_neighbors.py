@@ -263,9 +263,10 @@ def compared(monkeypatch) -> list[int]:
     pairs: list[int] = []
     compare = neighbors._Scan.compare
 
-    def counting(scan, start, queries):
-        pairs.append(len(queries) * min(scan.size, scan.bank.shape[0] - start))
-        compare(scan, start, queries)
+    def counting(scan, start, wanted=None):
+        queries = len(scan.norm) if wanted is None else int(wanted.sum())
+        pairs.append(queries * min(scan.size, scan.bank.shape[0] - start))
+        compare(scan, start, wanted)
 
     monkeypatch.setattr(neighbors._Scan, "compare", counting)
     return pairs

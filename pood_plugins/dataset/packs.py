@@ -222,6 +222,7 @@ class PackLoader:
         generator: torch.Generator | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         device: str | torch.device = "cpu",
+        part: tuple[int, int] = (0, 1),
     ):
         """
         :param pack: images
@@ -230,6 +231,7 @@ class PackLoader:
         :param generator: CPU generator that draws the order
         :param transform: in place of the pack's own, e.g. with augmentation
         :param device: where to put batches, and to transform them
+        :param part: ``(i, n)`` for the batches i, i + n, i + 2n, ... of all; default is all
         :raises ValueError: if the pack is empty or the batch size is not positive
         """
         if len(pack) == 0 or batch_size < 1:
@@ -243,14 +245,15 @@ class PackLoader:
         self.generator = generator
         self.transform = transform
         self.device = device
+        self.part = slice(part[0], None, part[1])
 
     def __len__(self) -> int:
-        return -(-len(self.pack) // self.batch_size)
+        return len(range(-(-len(self.pack) // self.batch_size))[self.part])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.pack)
         order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
-        for rows in order.split(self.batch_size):
+        for rows in order.split(self.batch_size)[self.part]:
             yield self.pack.batch(rows, self.device, self.transform)
 
 

@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from pytorch_ood.benchmark import Benchmark
 from torchvision.transforms import Normalize
 
-from .. import registry
+from .. import distributed, registry
 from ..benchmark.folder import FolderBenchmark
 from ..benchmark.openood import OPENOOD_CLASSES, is_packed, openood
 from ..model.split import split_model
@@ -77,7 +78,7 @@ def run_images(
     :param device: where to compute
     :param batch_size: images per batch
     :param workers: processes that read images
-    :return: report, with intervals
+    :return: report, with intervals, which of several processes only the first computes
     :raises LookupError: if a name is unknown
     :raises ValueError: if data, weights or preprocessing are missing or don't fit
     :raises OSError: if a file can't be read
@@ -103,16 +104,18 @@ def run_images(
 
     if num_classes is None and known == "folder":
         num_classes = make(None).num_classes  # type: ignore[attr-defined]
-    model, preprocessing = load_classifier(
-        arch, weights, num_classes or OPENOOD_CLASSES.get(known)
-    )
+    with distributed.ahead():  # weights may have to be downloaded
+        model, preprocessing = load_classifier(
+            arch, weights, num_classes or OPENOOD_CLASSES.get(known)
+        )
     preprocessing = _preprocessing(preprocessing, size, mean, std)
     transform: Any = preprocessing
     if packed:
         transform = _for_packs(preprocessing)
     elif isinstance(preprocessing, Preprocessing):
         transform = preprocessing.transform
-    benchmark = make(transform)
+    with distributed.ahead() if extra.get("download") else nullcontext():
+        benchmark = make(transform)
 
     (example_set,) = benchmark.test_sets(known=True, unknown=False)
     example = example_set[0][0][None]
@@ -146,7 +149,7 @@ def run_images(
         cache_dir=cache_dir,
         max_images=limits,
     )
-    if any(not result.error for result in report.results):
+    if distributed.rank() == 0 and any(not result.error for result in report.results):
         report.bootstrap()
     report.metadata.update(
         benchmark=name,

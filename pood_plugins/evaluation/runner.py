@@ -29,6 +29,7 @@ What the runner adds to ``evaluate``:
 - With ``cache_dir``, features are kept, and so are the scores of detectors that need images: a
   second run over other detectors takes seconds, and one that was interrupted goes on.
 - Packs of images are transformed on the device, a batch at a time.
+- Several processes share the work, see :mod:`pood_plugins.distributed`.
 
 ..  autofunction:: pood_plugins.evaluation.run
 
@@ -42,7 +43,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +54,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from .. import distributed
 from ..dataset.packs import ImagePack, PackLoader
 from ..model.split import SplitModel
 from .cache import Cache, of_dataset, of_module, of_value
@@ -91,6 +93,8 @@ def run(
     :return: report with one result per detector
     :raises ValueError: if there are no detectors, a data set has no ID or no OOD samples, an image
         can't be read, labels don't fit the classifier, or ``max_images`` has less than 1
+    :raises ProcessError: if another process of the run has ended, see
+        :mod:`pood_plugins.distributed`
     """
     if not detectors:
         raise ValueError("No detectors to evaluate. Pass a dictionary of at least one.")
@@ -112,40 +116,39 @@ def run(
         for name, source in sources.items()
         if max_images is not None and not source
     }
-    results = []
+    results = {}
+    for name, detector in detectors.items():
+        results[name] = Result(detector=name, class_name=type(detector).__name__)
+        results[name].baseline = type(detector).__module__.startswith("pytorch_ood.")
 
-    with tqdm(total=len(detectors), desc="detectors", disable=None) as progress:
-        for name, detector in detectors.items():
-            progress.set_postfix_str(name)
-            result = Result(detector=name, class_name=type(detector).__name__)
-            result.baseline = type(detector).__module__.startswith("pytorch_ood.")
-            source = sources[name]
-            try:
-                with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    torch.manual_seed(0)
-                    for model in _models(detector):
-                        model.eval()
-                    detector.to(device)
-                    if source:
-                        features = stored[source]
-                        features.extract(data, fit=detector.requires_fit)
-                        # detectors that draw at random get the same numbers in every run,
-                        # whether features were extracted, which draws some, or stored
-                        torch.manual_seed(0)
-                        _evaluate_stored(detector, source, features, result)
-                    else:
-                        result.images = limits.get(name)
-                        _evaluate_raw(detector, data, result)
-            except _BrokenBenchmark as error:
-                raise ValueError(str(error)) from None
-            except Exception as error:
-                log.debug(f"{name} failed", exc_info=True)
-                result.error = f"{type(error).__name__}: {error}"
-            results.append(result)
-            progress.update()
+    own = _own_rows(sources)
 
+    with _progress(len(own), "detectors", leave=True) as progress:
+
+        def evaluate() -> None:
+            for name in own:
+                progress.set_postfix_str(name)
+                detector, source, result = detectors[name], sources[name], results[name]
+                if not result.error:
+                    with _attempt(detector, device, result):
+                        if source:
+                            _evaluate_stored(detector, source, stored[source], result)
+                        else:
+                            result.images = limits.get(name)
+                            _evaluate_raw(detector, data, result)
+                progress.update()
+
+        for name, source in sources.items():
+            if source:
+                progress.set_postfix_str(name)
+                with _attempt(detectors[name], device, results[name]):
+                    stored[source].extract(data, fit=detectors[name].requires_fit)
+        distributed.together(evaluate, ValueError, "detectors")
+
+    for rows in distributed.exchange({name: vars(results[name]) for name in own}, "results"):
+        results.update({name: Result(**row) for name, row in rows.items()})
     return Report(
-        results,
+        list(results.values()),
         ood_names=names,
         near_ood_names=list(getattr(benchmark, "near_ood_names", [])),
         far_ood_names=list(getattr(benchmark, "far_ood_names", [])),
@@ -154,8 +157,46 @@ def run(
         metadata={
             "images": images,
             "forward_seconds": sum(features.seconds for features in stored.values()),
+            **({"processes": distributed.size()} if distributed.size() > 1 else {}),
         },
     )
+
+
+@contextmanager
+def _attempt(detector: Detector, device: torch.device, result: Result) -> Iterator[None]:
+    """
+    Prepares a detector for what is done in this context. That it fails goes into its row, unless
+    something else is at fault.
+    """
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            for model in _models(detector):
+                model.eval()
+            detector.to(device)
+            yield
+    except _BrokenBenchmark as error:
+        raise ValueError(str(error)) from None
+    except distributed.ProcessError:
+        raise
+    except Exception as error:
+        log.debug(f"{result.detector} failed", exc_info=True)
+        result.error = f"{type(error).__name__}: {error}"
+
+
+def _own_rows(sources: Mapping[str, "_Source"]) -> list[str]:
+    """Rows that this process evaluates: those on stored features, if it is the first."""
+    rank, size = distributed.rank(), distributed.size()
+    raw = [name for name, source in sources.items() if not source]
+    # dealt out from the last process, as the first has the others to do
+    elsewhere = set(raw) - set(raw[size - 1 - rank :: size])
+    return [n for n, source in sources.items() if n not in elsewhere and not (source and rank)]
+
+
+def _progress(total: int, description: str, leave: bool = False) -> tqdm:
+    """Shown on a terminal, by the first process."""
+    disable = True if distributed.rank() else None
+    return tqdm(total=total, desc=description, leave=leave, disable=disable)
 
 
 class _BrokenBenchmark(ValueError):
@@ -193,9 +234,14 @@ class _Data:
             self._keys[id(dataset)] = of_dataset(dataset)
         return self._keys[id(dataset)]
 
-    def batches(self, dataset: Dataset, description: str) -> Iterable[tuple[Tensor, Tensor]]:
-        """Batches, any number of times. What can't be read is the benchmark's fault."""
-        return _Batches(dataset, self.arguments, self.device, description)
+    def batches(
+        self, dataset: Dataset, description: str, shared: bool = False
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """
+        Batches, any number of times: all, or the share of this process. What can't be read is the
+        benchmark's fault.
+        """
+        return _Batches(dataset, self.arguments, self.device, description, shared)
 
 
 class _Batches:
@@ -205,10 +251,13 @@ class _Batches:
         arguments: Mapping[str, Any],
         device: torch.device,
         description: str,
+        shared: bool,
     ):
-        if isinstance(dataset, ImagePack):
-            batch_size = arguments["batch_size"]
-            self.loader: Any = PackLoader(dataset, batch_size, device=device)
+        self.loader: Any
+        if shared:
+            self.loader = distributed.share(dataset, device=device, loader_kwargs=arguments)
+        elif isinstance(dataset, ImagePack):
+            self.loader = PackLoader(dataset, arguments["batch_size"], device=device)
         else:
             self.loader = DataLoader(dataset, **arguments)
         self.description = description
@@ -217,8 +266,7 @@ class _Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        progress = tqdm(total=len(self), desc=self.description, leave=False, disable=None)
-        with progress:
+        with _progress(len(self), self.description) as progress:
             batches = iter(self.loader)
             while True:
                 try:
@@ -299,32 +347,39 @@ class _Stored(Benchmark):
         if self.known is None:
             known, *unknown = [self._output(data, d, f"test {n}") for n, d in data.test_sets()]
             self.known, self.unknown = known, unknown
-            self._check_labels(known[1])
         if fit and self.train is None:
-            train = self._output(data, data.benchmark.train_set(), "train")
-            self._check_labels(train[1])
-            self.train = train
+            self.train = self._output(data, data.benchmark.train_set(), "train")
 
     def _output(self, data: _Data, dataset: Dataset, description: str) -> tuple[Tensor, Tensor]:
         def compute() -> dict[str, Any]:
             outputs, labels = [], []
             start = time.perf_counter()
-            with torch.no_grad():
-                for x, y in data.batches(dataset, description):
-                    outputs.append(self.source.producer(x.to(self.device)).flatten(1).cpu())
-                    labels.append(y.cpu())
-            seconds = time.perf_counter() - start
-            return {"features": torch.cat(outputs), "y": torch.cat(labels), "seconds": seconds}
 
-        key: dict[str, str | None] = {"data": data.key(dataset), "device": self.device.type}
-        if data.cache.directory is not None:
-            self._model_key = self._model_key or of_module(self.source.producer)
-            key["model"] = self._model_key
-        stored = data.cache.get(f"features {description}", key, compute)
+            def run_share() -> None:
+                with torch.no_grad():
+                    for x, y in data.batches(dataset, description, shared=True):
+                        outputs.append(self.source.producer(x.to(self.device)).flatten(1).cpu())
+                        labels.append(y.cpu())
+
+            distributed.together(run_share, _BrokenBenchmark, description)
+            features = distributed.gather(outputs, everywhere=False)
+            y = distributed.gather(labels, everywhere=False)
+            return {"features": features, "y": y, "seconds": time.perf_counter() - start}
+
+        def find(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            key: dict[str, str | None] = {"data": data.key(dataset), "device": self.device.type}
+            if data.cache.directory is not None:
+                self._model_key = self._model_key or of_module(self.source.producer)
+                key["model"] = self._model_key
+            return data.cache.get(f"features {description}", key, compute)
+
+        stored = distributed.unless_found(find, compute)
+        if distributed.rank() or stored is None:
+            return torch.empty(0), torch.empty(0)  # it is the first process that evaluates
         self.seconds += stored["seconds"]
         return stored["features"], stored["y"]
 
-    def _check_labels(self, labels: Tensor) -> None:
+    def check_labels(self, labels: Tensor) -> None:
         columns = getattr(self.head, "out_features", None)
         if columns is not None and int(labels.max()) >= columns:
             raise _BrokenBenchmark(
@@ -364,6 +419,7 @@ def _test_sets(benchmark: Benchmark) -> list[tuple[str, Dataset]]:
 def _evaluate_stored(detector: Detector, source: _Source, stored: _Stored, result: Result) -> None:
     """Fits and evaluates a detector of logits or features on stored outputs."""
     assert stored.known is not None
+    stored.check_labels(stored.known[1])
     if stored.head is not None:
         with torch.no_grad():
             predicted = stored.head.to(stored.device)(stored.known[0].to(stored.device))
@@ -381,6 +437,7 @@ def _evaluate_stored(detector: Detector, source: _Source, stored: _Stored, resul
     if detector.requires_fit:
         assert stored.train is not None
         z, y = stored.train
+        stored.check_labels(y)
         with torch.no_grad():
             z = rest(z.to(stored.device)).cpu()
         start = time.perf_counter()

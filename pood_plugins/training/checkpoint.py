@@ -5,6 +5,7 @@ bytes of each tensor. Nothing in it can run code, and damage shows in its checks
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -48,12 +49,9 @@ def save_checkpoint(path: str | os.PathLike, state: Any) -> None:
     :param state: tensors, numbers, text, and dictionaries, lists and tuples of these
     :raises ValueError: if the state holds anything else
     """
-    tensors: list[Tensor] = []
-    text = json.dumps({"format": _FORMAT, "state": _encode(state, tensors)})
-    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("state.json", text)
-        for i, tensor in enumerate(tensors):
-            archive.writestr(f"tensor{i}", _to_bytes(tensor))
+    text, tensors = _take_apart(state)
+    with replacing(path) as file:
+        _write(file, text, tensors)
 
 
 def load_checkpoint(path: str | os.PathLike) -> Any:
@@ -65,16 +63,51 @@ def load_checkpoint(path: str | os.PathLike) -> Any:
     """
     with open(path, "rb") as file:
         try:
-            with zipfile.ZipFile(file) as archive:
-                content = json.loads(archive.read("state.json"))
-                if content["format"] != _FORMAT:
-                    raise ValueError(f"its format is {content['format']!r}, not {_FORMAT!r}")
-                return _decode(content["state"], archive)
+            return _read(file)
         except Exception as error:  # what a damaged archive raises depends on where the damage is
             raise ValueError(
                 f"{path} is damaged or no checkpoint of a training run ({error}): remove it and "
                 "start again, or name another file"
             ) from error
+
+
+def pack_state(state: Any) -> bytes:
+    """
+    :param state: see :func:`save_checkpoint`
+    :return: content of the file that it would write
+    :raises ValueError: likewise
+    """
+    file = io.BytesIO()
+    _write(file, *_take_apart(state))
+    return file.getvalue()
+
+
+def unpack_state(content: bytes) -> Any:
+    """
+    :param content: what :func:`pack_state` made
+    :return: the state, with tensors on CPU
+    """
+    return _read(io.BytesIO(content))
+
+
+def _take_apart(state: Any) -> tuple[str, list[Tensor]]:
+    tensors: list[Tensor] = []
+    return json.dumps({"format": _FORMAT, "state": _encode(state, tensors)}), tensors
+
+
+def _write(file: BinaryIO, text: str, tensors: list[Tensor]) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("state.json", text)
+        for i, tensor in enumerate(tensors):
+            archive.writestr(f"tensor{i}", _to_bytes(tensor))
+
+
+def _read(file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        content = json.loads(archive.read("state.json"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {_FORMAT!r}")
+        return _decode(content["state"], archive)
 
 
 def _encode(value: Any, tensors: list[Tensor]) -> Any:
