@@ -10,6 +10,9 @@ Parts
     of pytorch-ood that search neighbors too.
     ``nero``: fit and score of NERO beside a loop over samples.
     ``forward``: GROOD and NERO beside the forward pass of the network whose features they use.
+    ``skipping``: GROOD's search with and without what it skips.
+    ``benchmark``: GROOD and NERO in the CIFAR-10 benchmark, beside its forward passes.
+    ``loader``: peak memory of a fit over a loader, in processes of their own.
     ``growth``: time and peak memory over the rows of the bank and over the number of queries,
     each in a process of its own (Linux only, unless on a GPU).
 
@@ -49,6 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pood_plugins import neighbors
 from pood_plugins.detector import GROOD, NERO, grood_gradients, nero_relevance
 from pood_plugins.evaluation.report import environment
 from pood_plugins.neighbors import kth_distance
@@ -132,6 +136,7 @@ class Setup:
     repeat: int
     quick: bool
     real: Features | str  # features, or why there are none
+    folder: Path | None = None
 
     def cases(self) -> tuple[list[Features], dict[str, str]]:
         """Real features, if there are any, synthetic ones, and what is left out."""
@@ -812,7 +817,10 @@ RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def in_processes(
-    sizes: Sequence[dict[str, Any]], setup: Setup, variables: Mapping[str, str]
+    measure: Callable[..., dict[str, Any]],
+    sizes: Sequence[dict[str, Any]],
+    setup: Setup,
+    variables: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """Measures each size in a process that has these environment variables from its start."""
     before = {name: os.environ.get(name) for name in variables}
@@ -845,11 +853,11 @@ def growth_part(setup: Setup) -> dict[str, Any]:
     for size in sizes:
         large = size["bank"] * size["queries"] * size["dimension"] > 1e11
         size["repeat"] = min(2, setup.repeat) if large else setup.repeat
-    rows = in_processes(sizes, setup, {})
+    rows = in_processes(measure, sizes, setup, {})
     returning = rows
     if setup.device.type == "cpu" and not setup.quick:
         untimed = [{**size, "repeat": 0} for size in sizes]
-        returning = in_processes(untimed, setup, RETURN_MEMORY)
+        returning = in_processes(measure, untimed, setup, RETURN_MEMORY)
     rows = [
         {
             **size,
@@ -891,6 +899,189 @@ def exponent(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], f
     return float((x * y).sum() / x.square().sum())
 
 
+# Part: fit over a loader
+
+
+class Loader:
+    """Synthetic features in batches, made anew in every pass, so that they never exist at once."""
+
+    def __init__(self, rows: int, dimension: int, batch: int = 4096):
+        self.rows, self.batch = rows, batch
+        self.dataset = range(rows)
+        self.head = synthetic_features(1, 1, dimension, "cpu").head
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        for seed, start in enumerate(range(0, self.rows, self.batch)):
+            count = min(self.batch, self.rows - start)
+            z = synthetic(count, self.head.in_features, seed=10 + seed)
+            yield z, self.head(z).argmax(dim=1)
+
+
+def measure_loader(
+    rows: int, dimension: int, settings: dict[str, Any], device: Any, threads: int
+) -> dict[str, Any]:
+    """Memory of a fit in a process of its own, whose features come from a loader."""
+    torch.set_num_threads(threads)
+    loader = Loader(rows, dimension)
+    head = loader.head.to(device)
+    loader.head = nn.Linear(head.in_features, head.out_features).requires_grad_(False)
+    loader.head.load_state_dict({k: v.cpu() for k, v in head.state_dict().items()})
+    settings = {**settings, "bank_dtype": getattr(torch, settings["bank_dtype"])}
+    GROOD(nn.Identity(), head, **settings).to(device).fit(Loader(100, dimension))  # sets up torch
+    detector = GROOD(nn.Identity(), head, **settings).to(device)
+    memory = Memory(device)
+    memory.start()
+    seconds = seconds_of(lambda: detector.fit(loader), device)
+    assert detector.bank_ is not None
+    return {
+        "peak_mib": memory.peak(),
+        "held_mib": memory.held(),
+        "passes": loader.passes,
+        "seconds": seconds,
+        "bank": len(detector.bank_),
+    }
+
+
+def loader_part(setup: Setup) -> dict[str, Any]:
+    rows, width = setup.sizes.growth_banks[-1], setup.sizes.growth_widths[-1]
+    sizes = [
+        {
+            "rows": rows,
+            "dimension": width,
+            "settings": {"bank_dtype": dtype, "bank_fraction": fraction},
+        }
+        for dtype, fraction in product(("float32", "float16"), (1.0, 0.25))
+    ]
+    variables = RETURN_MEMORY if setup.device.type == "cpu" and not setup.quick else {}
+    measured = in_processes(measure_loader, sizes, setup, variables)
+    found = [
+        {**size, **row, "features_mib": 4 * rows * width / 2**20}
+        for size, row in zip(sizes, measured)
+    ]
+    return {"rows": found, "left_out": {}}
+
+
+def loader_rows(part: Mapping[str, Any]) -> list[list[str]]:
+    lines = [["bank", "rows", "passes", "peak MiB", "held MiB", "features MiB", "seconds"]]
+    for row in part["rows"]:
+        settings = row["settings"]
+        share = f"{100 * settings['bank_fraction']:.0f} % of {row['rows']:,} × {row['dimension']}"
+        memory = [f"{row[key]:,.0f}" for key in ("peak_mib", "held_mib", "features_mib")]
+        counts = [f"{row['bank']:,}", str(row["passes"])]
+        lines.append(
+            [f"{settings['bank_dtype']}, {share}", *counts, *memory, figures(row["seconds"])]
+        )
+    return lines
+
+
+# Part: the CIFAR-10 benchmark
+
+
+def benchmark_part(setup: Setup) -> dict[str, Any]:
+    """GROOD and NERO in the benchmark of OpenOOD, as ``pood benchmark`` runs it, without cache."""
+    if isinstance(setup.real, str):
+        return {"rows": [], "left_out": {"the CIFAR-10 benchmark": setup.real}}
+    from pood_plugins import evaluation, registry, split_model
+    from pood_plugins.benchmark import PackedCIFAR10
+    from pood_plugins.model.zoo import load_classifier
+
+    assert setup.folder is not None
+    model, preprocessing = load_classifier("resnet20", str(setup.folder / FILES[0]), CLASSES)
+    benchmark: Any = PackedCIFAR10(setup.folder, preprocessing.normalize)  # type: ignore[union-attr]
+    if setup.quick:
+        for name, pack in benchmark._sets.items():
+            benchmark._sets[name] = pack.subset(drawn(len(pack), setup.sizes.queries))
+    split = split_model(model.to(setup.device), example=torch.zeros(2, 3, 32, 32))
+    names = ["GROOD", "NERO", "Energy"]
+    detectors = {name: registry.build(name, split) for name in names}
+    report = evaluation.run(benchmark, detectors, device=setup.device)
+    forward = report.metadata["forward_seconds"]
+    rows = [{"what": "forward passes, with the reading of images", "seconds": forward}]
+    for result in report.results:
+        seconds = (result.fit_seconds or 0) + result.score_seconds
+        rows.append({"what": f"{result.detector}, fit and score", "seconds": seconds})
+    both = sum(row["seconds"] for row in rows[1:3])
+    rows.append({"what": "GROOD and NERO", "seconds": both, "required": 0.05})
+    for row in rows:
+        row["share"] = row["seconds"] / forward
+    return {"rows": rows, "images": report.metadata["images"], "left_out": {}}
+
+
+def benchmark_rows(part: Mapping[str, Any]) -> list[list[str]]:
+    lines = [["what", "seconds", "% of the forward passes", "required"]]
+    for row in part["rows"]:
+        limit = row.get("required")
+        met = "" if limit is None else "met" if row["share"] <= limit else "**not met**"
+        required = "" if limit is None else f"at most {100 * limit:g} %: {met}"
+        share = figures(100 * row["share"])
+        lines.append([row["what"], figures(row["seconds"]), share, required])
+    return lines
+
+
+# Part: skipping
+
+
+@contextmanager
+def without_skipping() -> Iterator[None]:
+    """The search compares every query with every row, in the tiles that it uses otherwise."""
+    before = neighbors._skips, neighbors._ROWS_GPU
+    neighbors._skips, neighbors._ROWS_GPU = lambda device: False, neighbors._ROWS
+    try:
+        yield
+    finally:
+        neighbors._skips, neighbors._ROWS_GPU = before
+
+
+def pairs_compared(run: Callable[[], Any]) -> int:
+    """Number of pairs of a query and a row whose product the search computes."""
+    pairs = 0
+    compare = neighbors._Scan.compare
+
+    def counting(scan: Any, start: int, wanted: Tensor | None = None) -> None:
+        nonlocal pairs
+        queries = len(scan.norm) if wanted is None else int(wanted.sum())
+        pairs += queries * min(scan.size, scan.bank.shape[0] - start)
+        compare(scan, start, wanted)
+
+    neighbors._Scan.compare = counting  # type: ignore[method-assign]
+    try:
+        run()
+    finally:
+        neighbors._Scan.compare = compare  # type: ignore[method-assign]
+    return pairs
+
+
+def skipping_part(setup: Setup) -> dict[str, Any]:
+    cases, left_out = setup.cases()
+    if setup.device.type != "cpu":
+        return {"groups": [], "left_out": {"skipping": "on a GPU, nothing is skipped"}}
+    groups = []
+    for case in cases:
+        for name, settings in list(GROODS.items())[:2]:
+            detector = GROOD(None, case.head, **settings).fit_features(case.z, case.y)
+            assert detector.bank_ is not None
+
+            def run(detector: GROOD = detector, x: Tensor = case.queries) -> Tensor:
+                return detector.predict_features(x)
+
+            def run_whole(run: Callable[[], Tensor] = run) -> Tensor:
+                with without_skipping():
+                    return run()
+
+            if not torch.equal(run(), run_whole()):
+                raise SystemExit(f"{name}: skipping changes the scores")
+            share = pairs_compared(run) / (len(case.queries) * len(detector.bank_))
+            rounds = take_turns({"skipping": run, "comparing all": run_whole}, setup)
+            notes = {"skipping": f"{100 * share:.1f} % of the pairs compared, same scores"}
+            references = {"skipping": ["comparing all"]}
+            title = f"{name}, {case.title()}, {len(case.queries):,} queries"
+            of = group(title, rounds, references, case.sizes(), notes)
+            groups.append({**of, "share_compared": share})
+    return {"groups": groups, "left_out": left_out}
+
+
 # Tables and the figure
 
 PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
@@ -899,6 +1090,9 @@ PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "nero": nero_part,
     "forward": forward_part,
     "growth": growth_part,
+    "loader": loader_part,
+    "benchmark": benchmark_part,
+    "skipping": skipping_part,
 }
 TITLES = {
     "grood": "GROOD beside a loop and a full scan of its bank",
@@ -906,12 +1100,16 @@ TITLES = {
     "nero": "NERO beside a loop",
     "forward": "GROOD and NERO beside the forward pass",
     "growth": "Growth with the bank and with the queries",
+    "loader": "Memory of a fit over a loader",
+    "benchmark": "GROOD and NERO in the CIFAR-10 benchmark",
+    "skipping": "Rows that the search skips",
 }
 
 
 def table(name: str, part: Mapping[str, Any]) -> list[str]:
     """Lines of a Markdown table, and paragraphs below it."""
-    rows = growth_rows(part) if name == "growth" else group_rows(name, part)
+    special = {"growth": growth_rows, "loader": loader_rows, "benchmark": benchmark_rows}
+    rows = special[name](part) if name in special else group_rows(name, part)
     header, *body = rows
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     text = ["| " + " | ".join(line) + " |" for line in lines]
@@ -1097,9 +1295,10 @@ def main() -> None:
     setup = Setup(QUICK if options.quick else Sizes(), device, options.repeat, options.quick, "")
     # tiny sizes are fastest in one thread, above all on a machine that is busy
     with same_threads(1 if options.quick else torch.get_num_threads()):
-        if set(parts) - {"growth"}:
+        if set(parts) - {"growth", "loader"}:
             cache = None if options.quick else options.features_cache
-            setup = replace(setup, real=real_features(options.data, setup, cache))
+            real = real_features(options.data, setup, cache)
+            setup = replace(setup, real=real, folder=options.data)
         for name in parts:
             start = time.perf_counter()
             print(f"{name}: {TITLES[name]}", flush=True)

@@ -50,7 +50,7 @@ from torch import Tensor
 __all__ = ["ScaledRows", "kth_distance"]
 
 #: queries in a matrix product, and rows of the bank: on a CPU, it stays in the cache
-_QUERIES, _ROWS, _ROWS_GPU = 2048, 1024, 16384
+_QUERIES, _ROWS, _ROWS_GPU = 1408, 1024, 16384
 #: groups kept in addition to the :math:`k` that the answer needs, so that the certificate has room
 _EXTRA_GROUPS = 2
 #: entries of prepared rows that are kept for the way back, 128 MiB

@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
-PARTS = ["grood", "neighbors", "nero", "forward", "growth"]
+PARTS = ["grood", "neighbors", "nero", "forward", "growth", "loader", "benchmark", "skipping"]
 REAL = "features of ResNet-20 on CIFAR-10"
 
 # of faiss, when it is imported
@@ -52,8 +52,9 @@ def test_all_parts(run, tmp_path):
         table = [line for line in text.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in table}) == 1 and "no measurements" in text
         assert text.strip() in (tmp_path / "speed.md").read_text()
-        assert (REAL in part["left_out"]) == (not data and name != "growth")
-        assert (f"{REAL} left out" in text) == (REAL in part["left_out"])
+        real = REAL if name != "benchmark" else "the CIFAR-10 benchmark"
+        assert (real in part["left_out"]) == (not data and name not in ("growth", "loader"))
+        assert (f"{real} left out" in text) == (real in part["left_out"])
     assert (tmp_path / "speed_growth.png").stat().st_size > 1000
 
     groods = {"GROOD", "GROOD (auto)", "GROOD (float16 bank)"}
@@ -82,7 +83,7 @@ def test_all_parts(run, tmp_path):
     assert forward == {"GROOD", "NERO", "forward pass"}
     assert [g["title"][:9] for g in parts["forward"]["groups"]] == ["ResNet-20", "ResNet-50"]
 
-    for name in set(PARTS) - {"growth"}:
+    for name in ("grood", "neighbors", "nero", "forward", "skipping"):
         for group in parts[name]["groups"]:
             for row in group["rows"].values():
                 seconds = row["seconds"]
@@ -92,6 +93,17 @@ def test_all_parts(run, tmp_path):
                     assert ratio["ratio"] == pytest.approx(seconds["median"] / of)
                     assert ratio["median"] == median(ratio["by_round"])
                     assert len(ratio["by_round"]) == 3
+
+    assert len(parts["skipping"]["groups"]) == 2 * cases
+    assert all(0 < group["share_compared"] <= 1 for group in parts["skipping"]["groups"])
+
+    rows = parts["loader"]["rows"]
+    assert [row["passes"] for row in rows] == [1, 2, 2, 2]
+    assert [row["bank"] for row in rows] == [600, 150, 600, 150]
+    if data:
+        rows = parts["benchmark"]["rows"]
+        assert rows[0]["share"] == 1 and len(rows) == 5 and rows[-1]["required"] == 0.05
+        assert rows[-1]["seconds"] == rows[1]["seconds"] + rows[2]["seconds"]
 
     growth = parts["growth"]
     sizes = [(r["bank"], r["queries"], r["bank_dtype"]) for r in growth["rows"]]

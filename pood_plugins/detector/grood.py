@@ -450,35 +450,9 @@ class GROOD(FeaturesDetector):
         if self.bank_fraction < 1.0:
             size = max(1, int(self.bank_fraction * len(rows)))
             rows = rows[torch.randperm(len(rows), generator=generator)[:size]].sort().values
-        in_bank = torch.zeros(len(labels), dtype=torch.bool)
-        in_bank[rows] = True
-
-        # the last pass
-        half = self.bank_dtype == torch.float16
-        bank = torch.empty(len(rows), dimension, dtype=self.bank_dtype, device=device)
-        lengths = torch.empty(len(rows), device=device) if half else None
-        n_vanished = torch.zeros((), dtype=torch.long, device=device)
-        passed, filled = 0, 0
-        for index, (z, y) in enumerate(batches(True)):
-            if not torch.equal(y, labels[passed : passed + len(y)]):
-                break
-            of_batch = in_bank[passed : passed + len(y)].nonzero()[:, 0].to(device)
-            passed += len(y)
-            p, d = probability(z) if probabilities is None else probabilities[index]
-            gradients = _gradients(z[of_batch], ood_prototype, p[of_batch], d[of_batch])
-            part = slice(filled, filled + len(of_batch))
-            filled += len(of_batch)
-            n_vanished += (gradients.float() == 0).all(dim=1).sum()
-            if lengths is not None:
-                scaled = ScaledRows.pack(gradients)
-                gradients, lengths[part] = scaled.directions, scaled.lengths
-            bank[part] = gradients
-        if passed != len(labels):
-            raise ValueError(
-                "The loader gave other labels in another pass. Turn shuffling off, or extract the "
-                "features once and use fit_features()."
-            )
-
+        bank, lengths, n_vanished = self._make_bank(
+            batches(True), labels, rows, ood_prototype, probability, probabilities
+        )
         share = float(vanished[rows].float().mean() if kept else n_vanished / len(rows))
         if share > 0.01:
             warnings.warn(
@@ -526,6 +500,54 @@ class GROOD(FeaturesDetector):
             correct.append(logits.argmax(dim=1) == column)
             labels.append(y)
         return _Tally(sums, _concatenate(labels), _concatenate(finite), _concatenate(correct), mix)
+
+    def _make_bank(
+        self,
+        batches: Iterable[Tuple[Tensor, Tensor]],
+        labels: Tensor,
+        rows: Tensor,
+        ood_prototype: Tensor,
+        probability: Callable[[Tensor], Tuple[Tensor, Tensor]],
+        probabilities: Optional[List[Tuple[Tensor, Tensor]]],
+    ) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+        """
+        The last pass, which writes each gradient where it stays.
+
+        :param labels: those of the first pass
+        :param rows: samples of the bank, ascending
+        :param probabilities: of each batch, if they are known
+        :return: bank, its lengths in half precision, and the number of gradients that are 0,
+            counted if the probabilities are not known
+        """
+        in_bank = torch.zeros(len(labels), dtype=torch.bool)
+        in_bank[rows] = True
+        device, dimension = ood_prototype.device, len(ood_prototype)
+        half = self.bank_dtype == torch.float16
+        bank = torch.empty(len(rows), dimension, dtype=self.bank_dtype, device=device)
+        lengths = torch.empty(len(rows), device=device) if half else None
+        n_vanished = torch.zeros((), dtype=torch.long, device=device)
+        passed, filled = 0, 0
+        for index, (z, y) in enumerate(batches):
+            if not torch.equal(y, labels[passed : passed + len(y)]):
+                break
+            of_batch = in_bank[passed : passed + len(y)].nonzero()[:, 0].to(device)
+            passed += len(y)
+            p, d = probability(z) if probabilities is None else probabilities[index]
+            gradients = _gradients(z[of_batch], ood_prototype, p[of_batch], d[of_batch])
+            part = slice(filled, filled + len(of_batch))
+            filled += len(of_batch)
+            if probabilities is None:
+                n_vanished += (gradients.float() == 0).all(dim=1).sum()
+            if lengths is not None:
+                scaled = ScaledRows.pack(gradients)
+                gradients, lengths[part] = scaled.directions, scaled.lengths
+            bank[part] = gradients
+        if passed != len(labels):
+            raise ValueError(
+                "The loader gave other labels in another pass. Turn shuffling off, or extract the "
+                "features once and use fit_features()."
+            )
+        return bank, lengths, n_vanished
 
     def predict(self, x: Tensor) -> Tensor:
         """

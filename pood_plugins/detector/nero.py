@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 #: smallest magnitude of a logit that relevance is divided by
 _LOGIT_FLOOR = 1e-6
+#: columns of a matrix product of which only half is needed
+_BLOCK = 128
 
 
 def nero_relevance(
@@ -83,7 +85,7 @@ def nero_relevance(
     logits = z @ weight.T + bias
     sign = torch.where(logits < 0, -1.0, 1.0).to(logits.dtype)
     coefficient = logits.softmax(dim=1) / (sign * (logits.abs() + eps).clamp(min=_LOGIT_FLOOR))
-    return z * (coefficient @ weight), coefficient @ bias
+    return (coefficient @ weight).mul_(z), coefficient @ bias
 
 
 class NERO(FeaturesDetector):
@@ -206,7 +208,7 @@ class NERO(FeaturesDetector):
         return self.fit_features(z, y)
 
     @torch.no_grad()
-    def fit_features(self, z: Tensor, labels: Tensor, batch_size: int = 4096) -> Self:
+    def fit_features(self, z: Tensor, labels: Tensor, batch_size: int = 512) -> Self:
         """
         Computes class centroids, principal components and the scale of the bias relevance from
         features.
@@ -235,17 +237,17 @@ class NERO(FeaturesDetector):
                 "label."
             )
 
-        chunks = list(
-            zip(known.to(z.device).split(batch_size), position.to(z.device).split(batch_size))
-        )
+        # without OOD samples, nothing has to be picked
+        z_known = z if len(known) == len(z) else z[known.to(z.device)]
+        chunks = list(zip(z_known.split(batch_size), position.to(z.device).split(batch_size)))
         # two passes in float64: first the means, then covariance and distances to the means
         n, dimension = len(known), z.shape[1]
         counts = position.bincount().to(z.device)
         centroids = torch.zeros(len(classes), dimension, dtype=torch.float64, device=z.device)
         bias_centroids = centroids[:, 0].clone()
         bias_magnitude = centroids.new_zeros(())
-        for rows, target in chunks:
-            relevance, bias_relevance = self._relevance(z[rows])
+        for part, target in chunks:
+            relevance, bias_relevance = self._relevance(part)
             centroids.index_add_(0, target, relevance)
             bias_centroids.index_add_(0, target, bias_relevance)
             bias_magnitude += bias_relevance.abs().sum()
@@ -255,19 +257,22 @@ class NERO(FeaturesDetector):
 
         covariance = mean.new_zeros(dimension, dimension)
         distance = bias_magnitude.new_zeros(())
-        for rows, _ in chunks:
-            relevance, bias_relevance = self._relevance(z[rows])
-            centered = relevance - mean
-            covariance.addmm_(centered.T, centered)
+        for part, _ in chunks:
+            relevance, bias_relevance = self._relevance(part)
             to_centroids = torch.cdist(relevance, centroids, p=1)
             to_centroids += (bias_relevance[:, None] - bias_centroids).abs()
             distance += to_centroids.amin(dim=1).sum()
+            centered = relevance.sub_(mean)
+            # of a symmetric matrix, the upper half is enough
+            for i in range(0, dimension, _BLOCK):
+                block = centered[:, i : i + _BLOCK]
+                covariance[i : i + _BLOCK, i:].addmm_(block.T, centered[:, i:])
 
         covariance /= n
         # float32 features that differ at all have a larger variance than this
         varies = covariance.trace() > 1e-24 * mean.square().sum()
         # the only device-to-host read of a fit
-        *finite, varies = torch.cat([torch.isfinite(z).all(dim=1), varies[None]]).tolist()
+        *finite, varies = torch.cat([_finite(z), varies[None]]).tolist()
         _raise_if_not_finite(finite)
         if not varies:
             raise ValueError(
@@ -275,7 +280,7 @@ class NERO(FeaturesDetector):
                 "components to compare it in. Pass more, and different, ID samples."
             )
 
-        variances, components = torch.linalg.eigh(covariance)  # ascending
+        variances, components = torch.linalg.eigh(covariance, UPLO="U")  # ascending
         components = components[:, -_count("n_components", self.n_components, dimension) :]
         variances = variances[-components.shape[1] :]
         # a direction without variance is arbitrary: leave it out
@@ -307,7 +312,7 @@ class NERO(FeaturesDetector):
         return self.predict_features(z)
 
     @torch.no_grad()
-    def predict_features(self, z: Tensor, batch_size: int = 4096) -> Tensor:
+    def predict_features(self, z: Tensor, batch_size: int = 512) -> Tensor:
         """
         :param z: features of shape :math:`B \\times D`
         :param batch_size: number of samples processed at once; lower it to reduce peak memory
@@ -320,7 +325,7 @@ class NERO(FeaturesDetector):
         self._check_hyperparameters()
         _check_features(z, self.head.in_features)
         z = z.detach().to(components.device).float()
-        finite = torch.isfinite(z).all(dim=1)
+        finite = _finite(z)
         scores = torch.cat([self._score(chunk) for chunk in z.split(batch_size)])
         _raise_if_not_finite(finite.tolist())  # the only device-to-host read
         return scores.clamp(max=torch.finfo(torch.float32).max).float()
@@ -402,6 +407,12 @@ def _check_labels(labels: Tensor, z: Tensor) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"Labels must be integers, got {labels.dtype}. Use labels.long().")
     return labels.detach().long()
+
+
+def _finite(z: Tensor) -> Tensor:
+    """Whether float32 features are finite, which is to say their sums in float64."""
+    sums = [part.sum(dim=1, dtype=torch.float64) for part in z.split(512)]
+    return torch.isfinite(torch.cat(sums))
 
 
 def _raise_if_not_finite(finite: List[bool]) -> None:
