@@ -235,9 +235,9 @@ def _nearest(
         home = torch.searchsorted(lowest, norm, right=True).sub_(1).clamp_(min=0)
         # from the block of its own norm, each query goes down as far as needed, and then up
         for block, start in reversed(starts):
-            scan.compare(start, (home >= block) & (norm - highest[block] < scan.upper()))
+            scan.compare(start, (home >= block) & (norm - highest[block] < scan.upper))
         for block, start in starts:
-            scan.compare(start, (home < block) & (lowest[block] - norm < scan.upper()))
+            scan.compare(start, (home < block) & (lowest[block] - norm < scan.upper))
     else:
         for _, start in starts:
             scan.compare(start)
@@ -304,8 +304,8 @@ class _Scan:
         self.product = one.new_empty(most, self.size)
         self.factor = one.new_empty(most, dimension + 2)
         self.prepared: Dict[int, Tensor] = {}
-        #: largest norm that a query was compared with
-        self.reach = torch.zeros_like(self.norm)
+        #: upper bound of the distance to the k-th nearest row
+        self.upper = torch.full_like(self.norm, float("inf"))
 
     def rows(self, start: int) -> Tensor:
         """Rows of a block, with what makes their products with the queries bounds."""
@@ -334,7 +334,7 @@ class _Scan:
             if len(chosen) == 0:
                 return  # before the rows are made ready
             low, high = int(chosen[0]), int(chosen[-1]) + 1
-            if len(chosen) > 0.8 * (high - low):
+            if len(chosen) > 0.9 * (high - low):
                 chosen = None  # to pick them would cost more than it saves
         if chosen is None:
             chosen = self.queries[low:high]
@@ -344,12 +344,10 @@ class _Scan:
         right = self.rows(start)
         stride = self.size // self.group
         keep = self.best.shape[1]
-        largest = self.norms[start : start + self.size][-1]
         for rows, factor in zip(chosen.split(_QUERIES), factors):
             n = len(rows)
             if factor is None:
                 factor = torch.index_select(self.left, 0, rows, out=self.factor[:n])
-            self.reach[rows] = self.reach[rows].maximum(largest)
             product = torch.mm(factor, right.T, out=self.product[:n])
             closeness = product.view(n, self.group, stride).amax(dim=1)
             if wanted is not None:  # most queries find nothing new here
@@ -359,12 +357,14 @@ class _Scan:
             before = self.first[rows].gather(1, index.clamp(max=keep - 1))
             self.first[rows] = torch.where(index < keep, before, index + (start - keep))
             self.best[rows] = best
-
-    def upper(self) -> Tensor:
-        """Upper bound of the distance to the :math:`k`-th nearest row, of shape :math:`B`."""
-        # closeness is too large by at most twice the rounding bound
-        error = 2 * self.unit * (2 * self.norm + self.reach) * self.reach
-        return (self.norm.square() - self.best[:, self.k - 1].double() + error).sqrt()
+            if wanted is not None:
+                # Closeness is too large by at most twice the rounding bound of that row, whose
+                # norm is at most |q| + |q - b|: 2 |q| + 2 distance is more than enough.
+                norm = self.norm[rows]
+                squared = (norm.square() - best[:, self.k - 1].double()).clamp_(min=0)
+                distance = squared.sqrt()
+                error = 8 * self.unit * (2 * norm + distance) * (norm + distance)
+                self.upper[rows] = (squared + error).sqrt()
 
     def candidates(self, queries: Tensor, keep: int) -> Tensor:
         """
