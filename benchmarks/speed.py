@@ -75,11 +75,7 @@ FILES = (
 )
 #: upper limits of a ratio, by part, row and how the name of what it is relative to begins; the
 #: table of a part that has any shows them
-REQUIREMENTS: dict[tuple[str, str, str], float] = {
-    ("grood", "GROOD", "autograd loop"): 1 / 150,
-    ("grood", "GROOD", "full scan"): 1.3,
-    ("nero", "NERO", "loop"): 1 / 5,
-}
+REQUIREMENTS: dict[tuple[str, str, str], float] = {}
 
 #: settings of GROOD by the name of the row
 GROODS: dict[str, dict[str, Any]] = {
