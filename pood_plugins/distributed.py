@@ -9,8 +9,8 @@ One run in several processes, such as one for each GPU. Put torchrun in front of
 Scores and table are those of one process, up to rounding. The first process alone writes files,
 prints and shows progress. ``--device cuda`` gives each process the GPU of its local number,
 ``--device cuda:0`` gives that one to all. Without a GPU, one process uses all cores by itself;
-torchrun gives each process one thread unless ``OMP_NUM_THREADS`` says otherwise. What is gained is
-to be measured by ``benchmarks/several_processes.py``. Processes were tried on a CPU only.
+torchrun gives each process one thread unless ``OMP_NUM_THREADS`` says otherwise, and nothing was
+gained on two cores (``benchmarks/several_processes.py``). Processes were tried on a CPU only.
 
 Shared out are
 
