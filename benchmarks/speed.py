@@ -73,10 +73,6 @@ FILES = (
     "mnist_test.npz",
     "dtd10_32.npz",
 )
-#: upper limits of a ratio, by part, row and how the name of what it is relative to begins; the
-#: table of a part that has any shows them
-REQUIREMENTS: dict[tuple[str, str, str], float] = {}
-
 #: settings of GROOD by the name of the row
 GROODS: dict[str, dict[str, Any]] = {
     "GROOD": {},
@@ -808,7 +804,7 @@ def measure(
 
 #: makes the C library give memory back as soon as a tensor is gone. Otherwise, it depends on
 #: chance how much of what was freed is in pieces that can't be used again, and peaks of the same
-#: call differ by a factor of three.
+#: call differ.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
@@ -1122,8 +1118,7 @@ def table(name: str, part: Mapping[str, Any]) -> list[str]:
 
 
 def group_rows(name: str, part: Mapping[str, Any]) -> list[list[str]]:
-    limits = {key[1:]: limit for key, limit in REQUIREMENTS.items() if key[0] == name}
-    lines = [["what", "seconds", "from – to", "relative to", *(["required"] if limits else [])]]
+    lines = [["what", "seconds", "from – to", "relative to"]]
     for of in part["groups"]:
         lines.append([f"**{of['title']}**", *[""] * (len(lines[0]) - 1)])
         bounds = of.get("lower_bounds", {}).values()
@@ -1132,26 +1127,15 @@ def group_rows(name: str, part: Mapping[str, Any]) -> list[list[str]]:
                 continue  # slower tiles are in the json
             seconds, note = values["seconds"], values.get("note")
             shown = relative_percent if name == "forward" else relative
-            line = [
-                f"{row} ({note})" if note else row,
-                figures(seconds["median"]),
-                f"{figures(seconds['min'])} – {figures(seconds['max'])}",
-                "; ".join(shown(r["ratio"], other) for other, r in values["ratios"].items()),
-            ]
-            if limits:
-                line.append(required(row, values["ratios"], limits))
-            lines.append(line)
+            lines.append(
+                [
+                    f"{row} ({note})" if note else row,
+                    figures(seconds["median"]),
+                    f"{figures(seconds['min'])} – {figures(seconds['max'])}",
+                    "; ".join(shown(r["ratio"], other) for other, r in values["ratios"].items()),
+                ]
+            )
     return lines
-
-
-def required(row: str, ratios: Mapping[str, Any], limits: Mapping[tuple[str, str], float]) -> str:
-    cells = []
-    for (of, beginning), limit in limits.items():
-        for other, found in ratios.items():
-            if of == row and other.startswith(beginning):
-                met = "met" if found["ratio"] <= limit else "**not met**"
-                cells.append(f"at most {limit:g} × {beginning}: {met}")
-    return "; ".join(cells)
 
 
 def relative(ratio: float, other: str) -> str:

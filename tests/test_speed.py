@@ -132,17 +132,6 @@ def test_parts_are_kept_and_missing_data_are_said(run, tmp_path):
     assert reason in (tmp_path / "speed_nero.md").read_text()
 
 
-def test_requirements_are_shown(run, speed, tmp_path, monkeypatch):
-    run("--parts", "nero")
-    limits = {("nero", "NERO", "loop and"): 0.0, ("nero", "NERO", "loop"): 1e9}
-    monkeypatch.setattr(speed, "REQUIREMENTS", limits)
-    run("--draw")
-    header, _, *lines = (tmp_path / "speed_nero.md").read_text().splitlines()
-    assert header.split(" | ")[-1] == "required |"
-    fit = next(line for line in lines if line.startswith("| NERO |"))
-    assert "at most 0 × loop and: **not met**" in fit and "loop: met" in fit
-
-
 def test_wrong_answers_are_not_timed(run, speed, monkeypatch):
     right = speed.GROOD.predict_features
     wrong = lambda self, z: 1.01 * right(self, z)  # noqa: E731

@@ -319,15 +319,16 @@ class GROOD(FeaturesDetector):
         if self.bank_fraction < 1.0 or self.bank_dtype != torch.float32:
             dataset: Any = getattr(data_loader, "dataset", None)
             expected = len(dataset) if hasattr(dataset, "__len__") else 0
-            return self._fit(lambda last: features(), kept=False, expected=expected)
+            return self._fit(lambda last: features(), expected=expected)
         batches = list(features())
+        labels = _concatenate([y for _, y in batches])
 
         def kept(last: bool) -> Iterator[Tuple[Tensor, Tensor]]:
             while last and batches:
                 yield batches.pop(0)  # makes room for the bank
             yield from batches
 
-        return self._fit(kept, kept=True)
+        return self._fit(kept, labels)
 
     def fit_features(self, z: Tensor, labels: Tensor, batch_size: int = 4096) -> Self:
         """
@@ -356,20 +357,20 @@ class GROOD(FeaturesDetector):
                 if len(y):
                     yield rows.to(device).float(), y
 
-        return self._fit(batches, kept=True)
+        return self._fit(batches, labels)
 
     @torch.no_grad()
-    def _fit(self, batches: _Batches, kept: bool, expected: int = 0) -> Self:
+    def _fit(self, batches: _Batches, labels: Optional[Tensor] = None, expected: int = 0) -> Self:
         """
         :param batches: begins a pass over features (float32, on the device) and labels (on the
             host), told whether it is the last
-        :param kept: whether a pass costs nothing. If it runs the network, there are as few as
-            possible.
+        :param labels: all labels, if features are kept, so that a pass costs little. Otherwise it
+            runs the network, and there are as few as possible.
         :param expected: probable number of samples, if they are not kept
         """
+        kept = labels is not None
         known_classes = None
-        if kept:
-            labels = _concatenate([y for _, y in batches(False)])
+        if labels is not None:
             known_classes = labels[labels >= 0].unique()
             expected = int((labels >= 0).sum())
         tally = self._tally(batches, expected, known_classes)
