@@ -74,7 +74,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import _loader
@@ -158,7 +158,7 @@ def display_name(class_name: str) -> str:
 @dataclass(frozen=True)
 class BuildRecord:
     """
-    How :func:`build` made a detector. ``build(record.info.qualified_name, split,
+    How :func:`build` made a detector. ``build(record.info.qualified_name, record.split,
     **record.hyperparameters)`` makes the same detector again.
     """
 
@@ -168,6 +168,8 @@ class BuildRecord:
     hyperparameters: Mapping[str, Any]
     #: names of the constructor arguments that came from the split
     from_split: tuple[str, ...]
+    #: the classifier
+    split: SplitModel = field(repr=False)
 
 
 def build(name: str, split: SplitModel, **hyperparameters: Any) -> Detector:
@@ -229,7 +231,7 @@ def build(name: str, split: SplitModel, **hyperparameters: Any) -> Detector:
     _warn_without_dropout(detector_class, split)
     detector = detector_class(**from_split, **hyperparameters)
     # an object, since Detector.to and Detector.device look into dicts and would find tensors there
-    detector.build_record = BuildRecord(info, hyperparameters, tuple(from_split))
+    detector.build_record = BuildRecord(info, hyperparameters, tuple(from_split), split)
     return detector
 
 
