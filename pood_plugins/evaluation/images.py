@@ -28,8 +28,9 @@ from torchvision.transforms import Normalize
 from .. import distributed, registry
 from ..benchmark.folder import FolderBenchmark
 from ..benchmark.openood import OPENOOD_CLASSES, is_packed, openood
+from ..model.preprocessing import Preprocessing, complete
 from ..model.split import split_model
-from ..model.zoo import Preprocessing, load_classifier
+from ..model.zoo import load_classifier
 from .report import Report
 from .rows import SLOW, RowBuilder
 from .runner import run
@@ -108,12 +109,8 @@ def run_images(
         model, preprocessing = load_classifier(
             arch, weights, num_classes or OPENOOD_CLASSES.get(known)
         )
-    preprocessing = _preprocessing(preprocessing, size, mean, std)
-    transform: Any = preprocessing
-    if packed:
-        transform = _for_packs(preprocessing)
-    elif isinstance(preprocessing, Preprocessing):
-        transform = preprocessing.transform
+    preprocessing = complete(preprocessing, size, mean, std)
+    transform = _for_packs(preprocessing) if packed else preprocessing.transform
     with distributed.ahead() if extra.get("download") else nullcontext():
         benchmark = make(transform)
 
@@ -130,7 +127,7 @@ def run_images(
         split,
         benchmark,
         shape=tuple(example.shape[1:]),
-        normalize=_normalize(preprocessing),
+        normalize=preprocessing.normalize,
         batch_size=batch_size,
     )
     everything = detectors is not None and [d.casefold() for d in detectors] == ["all"]
@@ -164,49 +161,15 @@ def run_images(
     return report
 
 
-def _preprocessing(
-    found: Preprocessing | Callable | None,
-    size: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> Preprocessing | Callable:
-    given = (size, mean, std)
-    if given == (None, None, None):
-        if found is None:
-            raise ValueError(
-                "the preprocessing of this classifier is not known, and a wrong one scores "
-                "silently wrong: give --size, --mean and --std of its training"
-            )
-        return found
-    known = found if isinstance(found, Preprocessing) else None
-    parts = [size or (known and known.size), mean or (known and known.mean)]
-    parts.append(std or (known and known.std))
-    if None in parts:
-        raise ValueError("the preprocessing is not complete: give --size, --mean and --std")
-    for flag, values in (("--mean", parts[1]), ("--std", parts[2])):
-        if len(values) not in (1, 3):  # type: ignore[arg-type]
-            raise ValueError(f"{flag} must be 3 numbers, or 1 for all channels, got {values}")
-    return Preprocessing(parts[0], tuple(parts[1]), tuple(parts[2]))  # type: ignore[arg-type]
-
-
-def _normalize(preprocessing: Preprocessing | Callable) -> Normalize | None:
-    if isinstance(preprocessing, Preprocessing):
-        return preprocessing.normalize
-    steps = getattr(preprocessing, "transforms", [])  # as pytorch-ood composes them
-    return next((step for step in steps if isinstance(step, Normalize)), None)
-
-
-def _for_packs(preprocessing: Preprocessing | Callable) -> Normalize:
+def _for_packs(preprocessing: Preprocessing) -> Normalize:
     """What is left to do with images of 32 pixels in [0, 1]."""
-    size = getattr(preprocessing, "size", 32)
-    if size != 32:
+    resize = preprocessing.resize
+    if preprocessing.size != 32 or resize not in (None, 32, (32, 32)):
         raise ValueError(
-            f"images in packs have 32 pixels, but --size is {size}: unpack them into files"
+            f"images in packs have 32 pixels, but this classifier takes {preprocessing.size} of "
+            f"{resize or preprocessing.size}: unpack them into files"
         )
-    normalize = _normalize(preprocessing)
-    if normalize is None:
-        raise ValueError("the preprocessing of this classifier is not for packs: unpack them")
-    return normalize
+    return preprocessing.normalize
 
 
 def _folder(folders: Mapping[str, Any], transform: Callable | None) -> Benchmark:

@@ -10,16 +10,24 @@ Architecture                    What it is
 ``package.module:callable``     whatever this returns when called with ``num_classes``
 ==============================  ===================================================================
 
-``torchvision:NAME`` and ``timm:NAME`` choose where both have a name. Weights are a file with a
-state dict, written by ``torch.save`` or safetensors, or a key of pytorch-ood's model zoo such as
-``wrn-40-2/cifar10/crossentropy``, which brings architecture and preprocessing along and is
-downloaded. Files of ``torch.save`` are read with ``weights_only=True``, so that nothing in them is
-run.
+``torchvision:NAME`` and ``timm:NAME`` choose where both have a name. Weights are one of these:
+
+==================================  ===============================================================
+Weights                             What they are
+==================================  ===============================================================
+a file                              a state dict, written by ``torch.save`` or safetensors
+``IMAGENET1K_V2``, ``DEFAULT`` ...  torchvision's for the architecture
+``pretrained``                      timm's for the architecture
+``wrn-40-2/cifar10/crossentropy``   a key of pytorch-ood's model zoo, which brings the architecture
+...                                 along
+==================================  ===============================================================
+
+All but a file are downloaded, and bring their preprocessing along. Files of ``torch.save`` are
+read with ``weights_only=True``, so that nothing in them is run.
 
 ..  autofunction:: pood_plugins.model.zoo.load_classifier
 
-..  autoclass:: pood_plugins.model.zoo.Preprocessing
-    :members:
+..  autofunction:: pood_plugins.model.zoo.construct
 """
 
 from __future__ import annotations
@@ -29,48 +37,18 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torchvision import transforms
 
+from ..training.checkpoint import short
 from . import resnet_cifar
+from .preprocessing import Preprocessing
 
 _OWN = {"resnet20": resnet_cifar.resnet20, "resnet56": resnet_cifar.resnet56}
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to an image before the network sees it. The wrong one scores silently wrong."""
-
-    size: int  #: height and width of the input in pixels
-    mean: tuple[float, ...]  #: subtracted from each channel, of images in :math:`[0, 1]`
-    std: tuple[float, ...]  #: each channel is divided by
-
-    @property
-    def normalize(self) -> transforms.Normalize:
-        """For tensors and batches of tensors in :math:`[0, 1]`, of the right size."""
-        return transforms.Normalize(self.mean, self.std)
-
-    @property
-    def transform(self) -> transforms.Compose:
-        """
-        For RGB images of Pillow, as OpenOOD does it: the shorter side is resized (to 256 for 224
-        pixels and in proportion for other sizes, small ones excepted), the center cropped.
-        """
-        resized = self.size if self.size <= 64 else round(self.size * 256 / 224)
-        return transforms.Compose(
-            [
-                transforms.Resize(resized),
-                transforms.CenterCrop(self.size),
-                transforms.ToTensor(),
-                self.normalize,
-            ]
-        )
 
 
 #: Of the first published weights for the CIFAR ResNets of this package.
@@ -79,38 +57,98 @@ _CIFAR_RESNET = Preprocessing(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 def load_classifier(
     arch: str | None, weights: str | None, num_classes: int | None = None
-) -> tuple[nn.Module, Preprocessing | Callable | None]:
+) -> tuple[nn.Module, Preprocessing | None]:
     """
     :param arch: architecture, see above; not needed for a key of pytorch-ood's model zoo
-    :param weights: state dict or key, see above; not needed for ``package.module:callable``, which
-        may have loaded its own
+    :param weights: see above; not needed for ``package.module:callable``, which may have loaded
+        its own
     :param num_classes: number of classes that the weights were trained on; a callable may do
         without
-    :return: classifier in evaluation mode, and its preprocessing: a transform for images of Pillow
-        where pytorch-ood knows one, and ``None`` if it is not known
+    :return: classifier in evaluation mode, and its preprocessing, ``None`` if it is not known
     :raises LookupError: if there is no such architecture
     :raises ValueError: if weights are missing, damaged or those of another network
     :raises OSError: if the file can't be opened
     """
-    if weights is not None and not Path(weights).exists() and "/" in weights and arch is None:
-        from pytorch_ood.model import list_models, load_model, load_transform
+    is_file = weights is not None and Path(weights).exists()
+    if weights is not None and not is_file and "/" in weights and arch is None:
+        from pytorch_ood.model import get_model_info, load_model
 
-        if not any(f"{key}/".startswith(f"{weights}/") for key in list_models()):
-            raise ValueError(
-                f"{weights} is neither a file nor a key of pytorch-ood's model zoo: correct "
-                "--weights"
-            )
-        return load_model(weights), load_transform(weights)
+        _check_key(weights)
+        preprocessing = get_model_info(weights).preprocessing
+        known = None if preprocessing is None else Preprocessing.of_pytorch_ood(preprocessing)
+        return load_model(weights), known
     if arch is None:
         raise ValueError("there is no architecture: name it by --arch, e.g. --arch resnet20")
     if weights is None and ":" not in arch:
         raise ValueError(f"there are no weights for {arch}: name their file by --weights")
-    model = _construct(arch, num_classes)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{arch} gives a {type(model).__name__}: it must be a torch.nn.Module")
+    if weights is not None and not is_file:
+        for published in (_published_by_torchvision, _published_by_timm):
+            found = published(arch, weights)
+            if found is not None:
+                return found[0].eval(), found[1]
+    model = construct(arch, num_classes)
     if weights is not None:
         _load_state(model, Path(weights), arch)
     return model.eval(), _CIFAR_RESNET if arch in _OWN else None
+
+
+def construct(arch: str, num_classes: int | None = None) -> nn.Module:
+    """
+    :param arch: architecture, or a key of pytorch-ood's model zoo, see above
+    :param num_classes: number of classes; a key and a callable may do without
+    :return: the network with weights as its constructor leaves them
+    :raises LookupError: if there is no such architecture
+    :raises ValueError: if it can't be constructed
+    """
+    if "/" in arch and ":" not in arch:
+        from pytorch_ood.model import get_model_info
+
+        _check_key(arch)
+        entry = get_model_info(arch)
+        module, _, name = entry.arch_class.rpartition(".")
+        return getattr(import_module(module), name)(**entry.arch_kwargs)
+    model = _construct(arch, num_classes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{arch} gives a {type(model).__name__}: it must be a torch.nn.Module")
+    return model
+
+
+def _check_key(key: str) -> None:
+    from pytorch_ood.model import list_models
+
+    if not any(f"{known}/".startswith(f"{key}/") for known in list_models()):
+        raise ValueError(
+            f"{key} is neither a file nor a key of pytorch-ood's model zoo: correct --weights"
+        )
+
+
+def _published_by_torchvision(arch: str, weights: str) -> tuple[nn.Module, Preprocessing] | None:
+    from torchvision import models
+
+    where, _, name = arch.rpartition(":")
+    if where not in ("", "torchvision") or name not in models.list_models(module=models):
+        return None
+    choices = models.get_model_weights(name)
+    if weights not in choices.__members__:
+        return None
+    chosen = choices[weights]
+    return models.get_model(name, weights=chosen), Preprocessing.of_torchvision(
+        chosen.transforms()
+    )
+
+
+def _published_by_timm(arch: str, weights: str) -> tuple[nn.Module, Preprocessing] | None:
+    where, _, name = arch.rpartition(":")
+    if where not in ("", "timm") or weights != "pretrained":
+        return None
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"{arch} needs timm: pip install pood-plugins[deploy]") from error
+    if not timm.is_model(name):
+        return None
+    model = timm.create_model(name, pretrained=True)
+    return model, Preprocessing.of_timm(timm.data.resolve_model_data_config(model))
 
 
 def _construct(arch: str, num_classes: int | None) -> Any:
@@ -131,7 +169,7 @@ def _construct(arch: str, num_classes: int | None) -> Any:
         )
     try:
         build: Any = getattr(import_module(where), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # also of its name
         raise LookupError(f"{arch} can't be imported ({error}): correct --arch") from error
     if not callable(build):
         raise ValueError(f"{arch} is a {type(build).__name__}: it must be a class or a function")
@@ -224,7 +262,18 @@ def _load_state(model: nn.Module, path: Path, arch: str) -> None:
                 f"{tuple(state[name].shape)} there, and {tuple(value.shape)} in the network. Name "
                 "the architecture and the benchmark that they were trained for"
             )
-    model.load_state_dict(state)
+        if value.is_floating_point() and not state[name].is_floating_point():
+            raise ValueError(
+                f"{path} does not hold weights of {arch}: {name} is of {state[name].dtype} there, "
+                f"and of {value.dtype} in the network. Save weights as floating-point numbers"
+            )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # sparse, or without content
+        raise ValueError(
+            f"{path} does not hold weights of {arch} ({short(error)}): save a state dict of dense "
+            "tensors"
+        ) from error
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -245,11 +294,12 @@ def _read_state(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError("reading .safetensors needs pip install pood-plugins[deploy]") from error
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0][:120]
+        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
         if isinstance(error, pickle.UnpicklingError):  # torch's text is how to run what is in it
             reason = "it is not of torch.save, or holds other objects than tensors"
         raise ValueError(
-            f"{path} is damaged or no state dict ({reason}): copy it again, or save a state dict"
+            f"{path} is damaged or no state dict ({short(reason, 120)}): copy it again, or save "
+            "a state dict"
         ) from error
     return state
 
@@ -257,6 +307,9 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            # torch.save never does that, and a small file could take any amount of memory
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("it is compressed")
             damaged = archive.testzip()  # which torch does not look at
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} in it is wrong")
@@ -277,4 +330,5 @@ def _is_state(state: Any) -> bool:
 def _some(names: Sequence[str], what: str) -> str:
     if not names:
         return f"none {what}"
-    return f"{len(names)} {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+    some = ", ".join(short(name, 80) for name in names[:2])
+    return f"{len(names)} {what} ({some}{', ...' if len(names) > 2 else ''})"

@@ -3,6 +3,7 @@ Classifiers by name: where a name is looked up, which files are weights, and tha
 is run.
 """
 
+import dataclasses
 import itertools
 import os
 import pickle
@@ -13,15 +14,14 @@ import pytorch_ood.model
 import timm
 import torch
 import torchvision
-from PIL import Image
-from pytorch_ood.model import WideResNet
+from pytorch_ood.model import WideResNet, get_model_info
 from safetensors.torch import save_file
 from torch import nn
-from torchvision import transforms
 
 from pood_plugins.model import resnet20, resnet56
+from pood_plugins.model.preprocessing import Preprocessing
 from pood_plugins.model.resnet_cifar import CIFARResNet
-from pood_plugins.model.zoo import Preprocessing, load_classifier
+from pood_plugins.model.zoo import construct, load_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,20 +286,75 @@ def test_file_that_is_not_there(tmp_path):
 
 
 def test_key_of_pytorch_ood(monkeypatch):
-    model, transform = nn.Linear(1, 1), transforms.ToTensor()
-    keys = []
+    model, keys = nn.Linear(1, 1), []
     monkeypatch.setattr(pytorch_ood.model, "load_model", lambda key: (keys.append(key), model)[1])
-    monkeypatch.setattr(pytorch_ood.model, "load_transform", lambda _: transform)
-    for key in (KEY, "wrn-40-2/cifar100/oe", "resnet-18/imagenet200/vos/s0", "wrn-40-2/cifar10"):
-        assert load_classifier(None, key) == (model, transform)
+    for key in (KEY, "wrn-40-2/cifar100/oe", "resnet-18/imagenet200/vos/s0"):
+        preprocessing = Preprocessing.of_pytorch_ood(get_model_info(key).preprocessing)
+        assert load_classifier(None, key) == (model, preprocessing)
         assert keys.pop() == key
     # a file goes first, and an architecture says that it is one
     for key in (f"{KEY}/s9", "wrn-40-2/cifar10/cross", "nix/model.pt", "/nix/model.pt"):
         with pytest.raises(ValueError, match=f"^{key} is neither a file nor a key"):
             load_classifier(None, key)
+    with pytest.raises(ValueError, match="wrn-40-2/cifar10' is ambiguous"):
+        load_classifier(None, "wrn-40-2/cifar10")
     with pytest.raises(ValueError, match=f"there is no file {KEY}"):
         load_classifier("resnet20", KEY, 10)
     assert keys == []
+
+
+def test_key_without_known_preprocessing(monkeypatch):
+    entry = dataclasses.replace(get_model_info(KEY), preprocessing=None)
+    monkeypatch.setattr(pytorch_ood.model, "get_model_info", lambda _: entry)
+    monkeypatch.setattr(pytorch_ood.model, "load_model", lambda _: nn.Linear(1, 1))
+    assert load_classifier(None, KEY)[1] is None
+
+
+def test_construct():
+    assert isinstance(construct(KEY), WideResNet)
+    assert construct("resnet20", 7).linear.out_features == 7
+    assert construct("torchvision:resnet18", 5).fc.out_features == 5
+    with pytest.raises(ValueError, match="needs the number of classes"):
+        construct("resnet20")
+    with pytest.raises(ValueError, match="gives a str: it must be a torch.nn.Module"):
+        construct("platform:python_version")
+
+
+def test_published_weights_of_torchvision(monkeypatch):
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18().state_dict()
+    urls = []
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url",
+        lambda url, **_: (urls.append(url), state)[1],
+    )
+    for arch, weights in (
+        ("resnet18", "IMAGENET1K_V1"),
+        ("torchvision:resnet18", "DEFAULT"),
+    ):
+        model, preprocessing = load_classifier(arch, weights)
+        assert torch.equal(model.fc.weight, state["fc.weight"]) and not model.training
+        assert "resnet18" in urls.pop()
+        expected = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256)
+        assert preprocessing == expected
+    with pytest.raises(ValueError, match="there is no file IMAGENET1K_V7"):
+        load_classifier("resnet18", "IMAGENET1K_V7", 1000)
+
+
+def test_published_weights_of_timm(monkeypatch):
+    create_model, given = timm.create_model, []
+
+    def create(name, pretrained=False, **options):
+        given.append((name, pretrained))
+        return create_model(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    model, preprocessing = load_classifier("timm:resnet10t", "pretrained")
+    assert given == [("resnet10t", True)] and not model.training
+    config = timm.data.resolve_model_data_config(model)
+    assert preprocessing == Preprocessing.of_timm(config)
+    with pytest.raises(ValueError, match="there is no file pretrained"):
+        load_classifier("resnet20", "pretrained", 10)
 
 
 # state dicts
@@ -502,46 +557,3 @@ def test_without_safetensors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"pip install pood-plugins\[deploy\]"):
         load_classifier("resnet20", str(tmp_path / "w.safetensors"), 10)
-
-
-# preprocessing
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-
-
-def photo(width, height):
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-@pytest.mark.parametrize(
-    ("size", "resized"),
-    [(8, 8), (32, 32), (64, 64), (65, 74), (96, 110), (224, 256), (299, 342), (384, 439)],
-)
-def test_preprocessing_is_that_of_openood(size, resized):
-    """256 for 224 pixels, in proportion for others, and small images are not cropped from more."""
-    preprocessing = Preprocessing(size, MEAN, STD)
-    expected = transforms.Compose(
-        [
-            transforms.Resize(resized),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    for image in (photo(50, 80), photo(500, 300), photo(32, 32)):
-        x = preprocessing.transform(image)
-        assert x.shape == (3, size, size)
-        assert torch.equal(x, expected(image))
-
-
-def test_normalization_alone():
-    image = photo(32, 32)
-    x = transforms.ToTensor()(image)
-    preprocessing = Preprocessing(32, MEAN, STD)
-    normalized = preprocessing.normalize(x[None])[0]
-    torch.testing.assert_close(
-        normalized, (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    )
-    torch.testing.assert_close(preprocessing.transform(image), normalized)

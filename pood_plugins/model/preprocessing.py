@@ -1,0 +1,173 @@
+"""
+What is done to an image before a classifier sees it, in numbers and names, so that it can be
+written down beside the weights.
+
+.. autoclass:: pood_plugins.model.preprocessing.Preprocessing
+    :members:
+
+.. autofunction:: pood_plugins.model.preprocessing.complete
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """
+    What is done to an image before the network sees it. The wrong one scores silently wrong.
+
+    :raises ValueError: if the numbers make no sense
+    """
+
+    #: height and width of the input in pixels, to which the center is cropped
+    size: int
+    #: subtracted from each channel, of images in :math:`[0, 1]`; one number is for all
+    mean: tuple[float, ...]
+    #: each channel is divided by
+    std: tuple[float, ...]
+    #: before: length of the shorter side, or height and width. By default as OpenOOD does it: 256
+    #: for 224 pixels and in proportion for other sizes, and the size itself for small ones.
+    resize: int | tuple[int, int] | None = None
+    #: of resizing: ``bilinear``, ``bicubic``, ... as in torchvision's ``InterpolationMode``
+    interpolation: str = "bilinear"
+    #: 3 for RGB, 1 for networks of grey images, to which all images are converted
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        resize = self.resize if isinstance(self.resize, tuple) else (self.resize or 1,)
+        if min(self.size, *resize) < 1:
+            raise ValueError(f"images can't have {min(self.size, *resize)} pixels: correct --size")
+        if self.channels not in (1, 3):
+            raise ValueError(f"images have 3 channels or, if grey, 1, and not {self.channels}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(
+                    f"--{name} must be {self.channels} numbers, or 1 for all channels, got "
+                    f"{list(values)}"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"--std must be above 0, got {list(self.std)}")
+        choices = [mode.value for mode in InterpolationMode]
+        if self.interpolation not in choices:
+            raise ValueError(
+                f"there is no interpolation {self.interpolation!r}: choose {', '.join(choices)}"
+            )
+
+    @property
+    def normalize(self) -> transforms.Normalize:
+        """For tensors and batches of tensors in :math:`[0, 1]`, of the right size."""
+        return transforms.Normalize(self.mean, self.std)
+
+    @property
+    def transform(self) -> transforms.Compose:
+        """For RGB images of Pillow."""
+        resize = self.resize
+        if resize is None:
+            resize = self.size if self.size <= 64 else round(self.size * 256 / 224)
+        steps = [
+            transforms.Resize(resize, InterpolationMode(self.interpolation)),
+            transforms.CenterCrop(self.size),
+            transforms.ToTensor(),
+            self.normalize,
+        ]
+        return transforms.Compose(
+            [transforms.Grayscale(), *steps] if self.channels == 1 else steps
+        )
+
+    @classmethod
+    def of_torchvision(cls, preset: Any) -> Preprocessing:
+        """
+        :param preset: the transform that torchvision has with its weights
+        :return: the same
+        """
+        ((size,), (resize,)) = preset.crop_size, preset.resize_size
+        mode = preset.interpolation.value
+        return cls(size, tuple(preset.mean), tuple(preset.std), resize, mode)
+
+    @classmethod
+    def of_timm(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """
+        :param config: what ``timm.data.resolve_model_data_config`` returns
+        :return: the same
+        :raises ValueError: if it is none of the usual ones, cropping the center of a square image
+        """
+        channels, height, width = config["input_size"]
+        mode = config["crop_mode"]
+        if height != width or mode not in ("center", "squash"):
+            raise ValueError(
+                f"timm crops {height} x {width} pixels by {mode!r}, which is not supported: give "
+                "--size, --mean and --std"
+            )
+        resize = int(height / config["crop_pct"])
+        return cls(
+            height,
+            tuple(config["mean"]),
+            tuple(config["std"]),
+            (resize, resize) if mode == "squash" else resize,
+            config["interpolation"],
+            channels,
+        )
+
+    @classmethod
+    def of_pytorch_ood(cls, preprocessing: Any) -> Preprocessing:
+        """
+        :param preprocessing: what pytorch-ood's model zoo has for its weights
+        :return: the same
+        """
+        size, crop = preprocessing.size, preprocessing.crop_size or preprocessing.size
+        return cls(crop[0], tuple(preprocessing.mean), tuple(preprocessing.std), tuple(size))
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> Preprocessing:
+        """
+        :param content: what :meth:`to_json` returned, read from a file
+        :return: the same
+        """
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content.items()
+        }
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """
+        :return: all numbers and names
+        """
+        return asdict(self)
+
+
+def complete(
+    found: Preprocessing | None,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resize: int | None = None,
+    interpolation: str | None = None,
+    channels: int | None = None,
+) -> Preprocessing:
+    """
+    :param found: what is known of the classifier, None if nothing is
+    :param size: given instead, like the others, see :class:`Preprocessing`
+    :return: what is known, but for what is given
+    :raises ValueError: if it is not complete
+    """
+    given: dict[str, Any] = {"size": size, "mean": mean and tuple(mean), "std": std and tuple(std)}
+    given.update(resize=resize, interpolation=interpolation, channels=channels)
+    given = {name: value for name, value in given.items() if value is not None}
+    known = {} if found is None else found.to_json()
+    if size is not None and resize is None:
+        known.pop("resize", None)  # it was that of another size
+    missing = [name for name in ("size", "mean", "std") if name not in {**known, **given}]
+    if missing:
+        raise ValueError(
+            "the preprocessing of this classifier is not known, and a wrong one scores silently "
+            f"wrong: give {', '.join('--' + name for name in missing)} of its training"
+        )
+    return Preprocessing(**{**known, **given})
