@@ -12,6 +12,10 @@ The ``pood`` command.
         --arch resnet18 --weights model.pt --size 224 --mean 0.485 0.456 0.406 \\
         --std 0.229 0.224 0.225
     $ pood finetune --benchmark digits --train greg+ --epochs 10
+    $ pood fit --arch resnet18 --weights model.pt --size 224 --mean 0.485 0.456 0.406 \\
+        --std 0.229 0.224 0.225 --data data/train --detector GROOD --output detector
+    $ pood score --detector detector --data incoming --output scores.csv
+    $ pood inspect detector
 
 ``pood benchmark`` writes ``results.csv``, ``results.json``, ``results.md``, ``roc.png`` and
 ``scores.png`` into the output folder, ``results/NAME`` by default.
@@ -36,6 +40,10 @@ and ``checkpoint.zip``, from which ``--resume`` goes on after an interruption.
 
 The ways to fine-tune are ``ce`` (cross-entropy, without outliers), ``oe`` (outlier exposure),
 ``energy`` (energy-regularized training), ``greg`` and ``greg+``.
+
+``pood fit`` fits, calibrates and saves a detector with its classifier, ``pood score`` scores
+images with it, and ``pood inspect`` tells what is in its directory, see
+:mod:`pood_plugins.deployment`.
 
 Under torchrun, several processes share the work of ``pood benchmark``, see
 :mod:`pood_plugins.distributed`.
@@ -130,12 +138,26 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--verbose", action="store_true", help="show the origin of errors")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    _add_list(commands, common)
+    _add_benchmark(commands, common)
+    _add_finetune(commands, common)
+    _add_fit(commands, common)
+    _add_score(commands, common)
+    _add_inspect(commands, common)
+    return parser
+
+
+def _add_list(commands: Any, common: argparse.ArgumentParser) -> None:
     listing = commands.add_parser("list", parents=[common], help="list what is installed")
     listing.add_argument("kind", nargs="?", choices=list(_KINDS), help="default: everything")
     listing.set_defaults(run=_list)
 
+
+def _add_benchmark(commands: Any, common: argparse.ArgumentParser) -> None:
     benchmark = commands.add_parser(
-        "benchmark", parents=[common], help="evaluate detectors on a benchmark"
+        "benchmark",
+        parents=[common, _classifier(), _reading(256)],
+        help="evaluate detectors on a benchmark",
     )
     benchmark.add_argument(
         "name", metavar="NAME", help="digits, folder, cifar10-openood, ... or any that is listed"
@@ -178,16 +200,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="argument for the benchmark's constructor; may be repeated",
     )
-    benchmark.add_argument("--arch", metavar="NAME", help="architecture, or package.module:name")
-    benchmark.add_argument(
-        "--weights", metavar="FILE|KEY", help="state dict, or pytorch-ood's key"
-    )
-    benchmark.add_argument("--classes", type=_positive, metavar="N", help="classes of the weights")
-    benchmark.add_argument("--size", type=_positive, metavar="N", help="input size in pixels")
-    for flag in ("--mean", "--std"):
-        benchmark.add_argument(
-            flag, type=float, nargs="+", metavar="X", help="of the channels, for normalization"
-        )
     benchmark.add_argument(
         "--features-cache", type=Path, metavar="DIR", help="keep features and scores there"
     )
@@ -199,17 +211,12 @@ def _parser() -> argparse.ArgumentParser:
         "(default: all, but 1000 for the slowest)",
     )
     benchmark.add_argument(
-        "--batch-size", type=_positive, default=256, metavar="N", help="default: 256"
-    )
-    benchmark.add_argument(
-        "--workers", type=_count, default=0, metavar="N", help="processes that read images"
-    )
-    benchmark.add_argument("--device", default="cpu", help="e.g. cuda (default: cpu)")
-    benchmark.add_argument(
         "--output", type=Path, metavar="DIR", help="where to write (default: results/NAME)"
     )
     benchmark.set_defaults(run=_benchmark)
 
+
+def _add_finetune(commands: Any, common: argparse.ArgumentParser) -> None:
     finetune = commands.add_parser(
         "finetune", parents=[common], help="fine-tune the classifier of a benchmark with outliers"
     )
@@ -236,6 +243,134 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on from the checkpoint in the output folder"
     )
     finetune.set_defaults(run=_finetune)
+
+
+def _add_fit(commands: Any, common: argparse.ArgumentParser) -> None:
+    fit = commands.add_parser(
+        "fit",
+        parents=[common, _classifier(), _reading(64)],
+        help="fit a detector for a classifier, calibrate a threshold, and save all of it",
+    )
+    fit.add_argument(
+        "--resize", type=_positive, metavar="N", help="shorter side before the center is cropped"
+    )
+    fit.add_argument("--interpolation", metavar="HOW", help="of resizing (default: bilinear)")
+    fit.add_argument(
+        "--channels", type=int, choices=(1, 3), help="1 for networks of grey images (default: 3)"
+    )
+    fit.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR|NPZ",
+        help="ID images, one folder per class, or an npz with x and y",
+    )
+    fit.add_argument(
+        "--calibration", type=Path, metavar="DIR|NPZ", help="other ID images for the threshold"
+    )
+    fit.add_argument(
+        "--holdout",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="without them, fraction of the images to hold out for the threshold (default: 0.2)",
+    )
+    fit.add_argument(
+        "--outliers", type=Path, metavar="DIR|NPZ", help="outliers to try the threshold on"
+    )
+    fit.add_argument(
+        "--tpr",
+        type=float,
+        default=0.95,
+        metavar="X",
+        help="share of the ID images to accept (default: 0.95)",
+    )
+    fit.add_argument(
+        "--fpr", type=float, metavar="X", help="instead: share of the outliers to accept at most"
+    )
+    fit.add_argument("--detector", default="GROOD", metavar="NAME", help="default: GROOD")
+    fit.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument for the detector's constructor; may be repeated",
+    )
+    fit.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of what is held out (default: 0)"
+    )
+    fit.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where to save the detector"
+    )
+    fit.set_defaults(run=_fit)
+
+
+def _add_score(commands: Any, common: argparse.ArgumentParser) -> None:
+    score = commands.add_parser(
+        "score", parents=[common, _reading(64)], help="score images with a saved detector"
+    )
+    score.add_argument(
+        "--detector", type=Path, required=True, metavar="DIR", help="what pood fit wrote"
+    )
+    score.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="image files, folders and npz",
+    )
+    score.add_argument("--arch", metavar="NAME", help="needed if it is package.module:name")
+    score.add_argument(
+        "--output",
+        type=Path,
+        default=Path("scores.csv"),
+        metavar="FILE",
+        help="where to write (default: scores.csv)",
+    )
+    score.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted run ended"
+    )
+    score.set_defaults(run=_score)
+
+
+def _add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
+    inspect = commands.add_parser(
+        "inspect", parents=[common], help="tell what a saved detector is, and check its files"
+    )
+    inspect.add_argument("path", type=Path, metavar="DIR", help="what pood fit wrote")
+    inspect.set_defaults(run=_inspect)
+
+
+def _classifier() -> argparse.ArgumentParser:
+    """Arguments for the classifier and what is done to its images."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--arch", metavar="NAME", help="architecture, or package.module:name")
+    parser.add_argument("--weights", metavar="FILE|KEY", help="state dict, or pytorch-ood's key")
+    parser.add_argument("--classes", type=_positive, metavar="N", help="classes of the weights")
+    parser.add_argument("--size", type=_positive, metavar="N", help="input size in pixels")
+    for flag in ("--mean", "--std"):
+        parser.add_argument(
+            flag, type=float, nargs="+", metavar="X", help="of the channels, for normalization"
+        )
+    return parser
+
+
+def _reading(batch_size: int) -> argparse.ArgumentParser:
+    """Arguments for reading and computing."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=batch_size,
+        metavar="N",
+        help=f"default: {batch_size}",
+    )
+    parser.add_argument(
+        "--workers", type=_count, default=0, metavar="N", help="processes that read images"
+    )
+    parser.add_argument("--device", default="cpu", help="e.g. cuda (default: cpu)")
     return parser
 
 
@@ -448,6 +583,114 @@ def _finetune(options: argparse.Namespace) -> int:
     print(f"ID accuracy {100 * after:.1f} %, before {100 * before:.1f} %")
     print(f"Weights, history and checkpoint: {output}")
     return 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    _refuse_several("fit")
+    from .deployment import find_classes, fit
+    from .model.preprocessing import complete
+    from .model.zoo import load_classifier
+
+    n_classes = options.classes or len(find_classes(options.data))
+    model, found = load_classifier(options.arch, options.weights, n_classes)
+    given = ("size", "mean", "std", "resize", "interpolation", "channels")
+    preprocessing = complete(found, **{name: getattr(options, name) for name in given})
+    fitted = fit(
+        options.detector,
+        model,
+        options.arch or options.weights,
+        preprocessing,
+        options.data,
+        options.output,
+        hyperparameters=dict(options.option),
+        calibration=options.calibration,
+        holdout=options.holdout,
+        outliers=options.outliers,
+        tpr=options.tpr,
+        fpr=options.fpr,
+        seed=options.seed,
+        device=options.device,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
+    if fitted.n_fit:
+        print(f"{options.detector} was fitted on {fitted.n_fit} images.")
+    print(f"The classifier is right on {fitted.accuracy:.1%} of those it was calibrated on.")
+    print(fitted.threshold)
+    print(f"Saved: {options.output}")
+    return _report_errors(fitted.unreadable, "were left out")
+
+
+def _score(options: argparse.Namespace) -> int:
+    _refuse_several("score")
+    from .deployment import Deployed, write_scores
+
+    deployed = Deployed.load(options.detector, options.device, options.arch)
+    scored = write_scores(
+        deployed,
+        options.data,
+        options.output,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        resume=options.resume,
+    )
+    n_scored = scored.n_images - len(scored.errors)
+    if deployed.threshold is None:
+        print(f"{n_scored} images scored; there is no threshold to decide by.")
+    else:
+        print(f"{n_scored} images scored, {scored.n_ood} of them OOD.")
+    print(f"Scores: {options.output}")
+    return _report_errors(scored.errors, "have an error in the place of a score")
+
+
+def _report_errors(errors: Mapping[str, str], consequence: str) -> int:
+    """The first of them, and the exit status."""
+    for name, error in list(errors.items())[:3]:
+        print(f"pood: {name}: {error}", file=sys.stderr)
+    if errors:
+        print(f"pood: {len(errors)} images {consequence}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .persistence import Saved
+
+    saved = Saved(options.path)
+    saved.check()
+    config = saved.config
+    model, classifier = config["model"], config["classifier"] or {}
+    lines: dict[str, Any] = {
+        "detector": "{name} {version}".format(**config["detector"]),
+        "arguments": _compact(config["arguments"]) or "defaults",
+        "fitted": _compact(config["attributes"]) or "nothing",
+        "model": "{class}, {features} features, {classes} classes".format(**model),
+        "fingerprint": model["fingerprint"],
+    }
+    if classifier:
+        classes = classifier["classes"]
+        lines["architecture"] = classifier["arch"]
+        lines["classes"] = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        lines["preprocessing"] = _compact(classifier["preprocessing"])
+    lines["threshold"] = saved.threshold or "none"
+    lines["versions"] = _compact(config["versions"])
+    lines["files"] = ", ".join(
+        f"{file} ({(options.path / file).stat().st_size:,} bytes)" for file in config["checksums"]
+    )
+    for name, text in lines.items():
+        print(f"{name + ':':15} " + str(text).replace("\n", "\n" + " " * 16))
+    print("All files are what was written.")
+    return 0
+
+
+def _compact(values: Mapping[str, Any]) -> str:
+    """Names and values in a line, of tensors the shape."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping) and "tensor" in value:
+            return " x ".join(map(str, value["shape"])) or "scalar"
+        return json.dumps(value) if not isinstance(value, str) else value
+
+    return ", ".join(f"{name} {text(value)[:60]}" for name, value in values.items())
 
 
 def _accuracy(split: "SplitModel", dataset: "Dataset") -> float:

@@ -527,14 +527,14 @@ def change_list(root, file, change):
         (1, "no architecture", ["--root=TREE", "--weights=PLACE/cifar10.pt"]),
         (1, "no weights for resnet20: name .* --weights", ["--root=TREE", "--arch=resnet20"]),
         (1, "no folder with the images: name it by --root", ["RESNET"]),
-        (1, "--size, --mean and --std", ["--root=TREE", "--arch=generated_networks:small"]),
+        (1, "give --size, --mean, --std of", ["--root=TREE", "--arch=generated_networks:small"]),
         (
             1,
-            "preprocessing is not complete: give --size, --mean and --std",
+            "preprocessing of this .* scores silently wrong: give --mean, --std of its training",
             ["--root=TREE", "--arch=generated_networks:small", "--size=32"],
         ),
         (1, "--mean must be 3 numbers", ["--root=TREE", "SMALL", "--mean", "1", "2"]),
-        (1, "std evaluated to zero", ["--root=TREE", "SMALL", "--std", "0"]),
+        (1, "--std must be above 0, got", ["--root=TREE", "SMALL", "--std", "0"]),
         (1, r"there is no folder .*/nix: name the one that", ["--root=PLACE/nix", "RESNET"]),
         (1, r"there is no folder .*10.pt: name", ["--root=PLACE/cifar10.pt", "RESNET"]),
         (1, r"no image lists of OpenOOD \(cifar10/\*.txt\) in", ["--root=PLACE/lost", "RESNET"]),
@@ -565,7 +565,7 @@ def change_list(root, file, change):
         (1, "damaged or no state dict", ["--root=TREE", "RESNET", "--weights=TREE/test/0.png"]),
         (
             1,
-            "its head is a convolution, not an nn.Linear",
+            "its output comes neither from an nn.Linear nor",
             ["--root=TREE", "SMALL", "--arch=generated_networks:headless"],
         ),
         (2, "no architecture is called 'resnet21'", ["--root=TREE", "RESNET", "--arch=resnet21"]),
@@ -587,7 +587,11 @@ def change_list(root, file, change):
         (1, "has no option root: leave it out", ["--root=TREE", "SMALL", "--option=root=a"]),
         (1, "does not use ImageNet", ["--root=TREE", "SMALL", "--option=image_net_root=a"]),
         (1, "PackedCIFAR10 has no option download", ["--root=PACKS", "SMALL", "--download"]),
-        (1, "packs have 32 pixels, but --size is 64", ["--root=PACKS", "SMALL", "--size=64"]),
+        (
+            1,
+            "have 32 pixels, but this classifier takes 64",
+            ["--root=PACKS", "SMALL", "--size=64"],
+        ),
     ],
 )
 def test_wrong_arguments(place, tmp_path, capsys, status, message, given):

@@ -53,6 +53,7 @@ Images are converted to RGB as ``ImageFolder`` does, which cuts grey levels of 1
     :show-inheritance:
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import ToTensor
+
+from ..training.checkpoint import reason
 
 _Path = str | os.PathLike
 _Files = dict[str, list[Path]]
@@ -100,7 +103,7 @@ class ImageFiles(Dataset):
         """
         :raises ValueError: if the file can't be read as an image
         """
-        return self.transform(_read(self.files[index])), self.labels[index]
+        return self.transform(read_image(self.files[index])), self.labels[index]
 
 
 class FolderBenchmark(Benchmark):
@@ -135,14 +138,14 @@ class FolderBenchmark(Benchmark):
         self.far_ood_names = [name for name in ood if name not in near]  #: all other OOD sets
         self.ood_names = self.near_ood_names + self.far_ood_names  #: all OOD sets
 
-        train_files, test_files = _files_by_class(train), _files_by_class(test)
+        train_files, test_files = files_by_class(train), files_by_class(test)
         _check_classes(train, test, train_files, test_files)
         self.classes = list(train_files)  #: names of the classes, in the order of their labels
         self._train = self._labeled(train_files, transform)
         self._id_test = self._labeled(test_files, transform)
         self._oods = []
         for name in self.ood_names:
-            files = _find_images(ood[name])
+            files = find_images(ood[name])
             if not files:
                 raise _no_images(ood[name], f"add some, or leave out the OOD set {name!r}")
             self._oods.append(ImageFiles(files, [-1] * len(files), transform))
@@ -217,14 +220,22 @@ def _no_images(where: _Path, remedy: str) -> ValueError:
     return ValueError(f"There are no images ({', '.join(IMG_EXTENSIONS)}) in {where}: {remedy}.")
 
 
-def _files_by_class(folder: _Path) -> _Files:
-    """Images of each class folder, in the order of the classes."""
+def files_by_class(folder: _Path) -> _Files:
+    """
+    :param folder: with one folder per class
+    :return: images of each class, in the order of the classes
+    :raises ValueError: if a folder can't be read
+    """
     _, names, _ = next(_walk(folder))
-    return {name: _find_images(Path(folder, name)) for name in sorted(names)}
+    return {name: find_images(Path(folder, name)) for name in sorted(names)}
 
 
-def _find_images(folder: _Path) -> list[Path]:
-    """Images at any depth, in an order that does not depend on the file system."""
+def find_images(folder: _Path) -> list[Path]:
+    """
+    :param folder: any folder
+    :return: images at any depth, in an order that does not depend on the file system
+    :raises ValueError: if a folder can't be read
+    """
     found = [
         Path(parent, name)
         for parent, _, names in _walk(folder)
@@ -249,14 +260,31 @@ def _walk(folder: _Path) -> Iterator[tuple[str, list[str], list[str]]]:
         yield parent, folders, names
 
 
-def _read(path: Path) -> Image.Image:
+def read_image(path: Path, cut: bool = True) -> Image.Image:
+    """
+    :param path: image file
+    :param cut: convert images with more than 8 bits per channel as ``ImageFolder`` does, which
+        cuts them at 255, and do not refuse them
+    :return: RGB image
+    :raises ValueError: if the file can't be read as an image, with its name and the reason
+    """
     try:
         with Image.open(path) as image:
+            if not cut and image.mode.startswith(("I", "F")):
+                raise ValueError(f"it has more than 8 bits per channel, mode {image.mode}")
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise ValueError("it is PostScript, which is a program")
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                # Pillow itself only warns, up to twice as many
+                raise ValueError(
+                    f"it has {image.width} x {image.height} pixels, and "
+                    f"PIL.Image.MAX_IMAGE_PIXELS is {Image.MAX_IMAGE_PIXELS}"
+                )
             image.load()  # opening alone does not notice that a file is truncated
             # RGB has no place for it, and Pillow would warn of that for some palettes
             image.info.pop("transparency", None)
             return image.convert("RGB")
     except Exception as error:  # what a damaged file raises depends on its format
         raise ValueError(
-            f"{path} can't be read as an image ({error}): remove or replace it."
+            f"{path} can't be read as an image ({reason(error)}): remove or replace it."
         ) from error

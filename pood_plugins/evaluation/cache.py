@@ -46,6 +46,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from ..benchmark.folder import ImageFiles
 from ..dataset.packs import ImagePack
+from ..model.split import SplitModel
 from ..training.checkpoint import _to_bytes, load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)
@@ -84,12 +85,14 @@ class Cache:
         path = self.directory / f"{_file_name(name)}-{digest}.zip"
         try:
             entry = load_checkpoint(path)
-            if entry["key"] == key:
+            if not (isinstance(entry, dict) and isinstance(entry.get("value"), dict)):
+                raise ValueError("it holds no value")
+            if entry.get("key") == key:
                 return entry["value"]
             log.warning(f"{path} belongs to something else and is computed anew.")
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             log.warning(f"{path} is damaged and computed anew: {error}")
         value = compute()
         try:
@@ -189,6 +192,8 @@ def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[str | bytes
             raise _Unknown
         yield f"{kind.__name__} {value.dtype.descr} {value.shape}"
         yield value.tobytes()
+    elif isinstance(value, SplitModel):  # its parts follow from these
+        yield from _parts([kind, value.model, value.early_name], seen)
     elif isinstance(value, nn.Module):
         yield from _parts(kind, seen)
         for name, part in vars(value).items():
