@@ -37,7 +37,6 @@ from pood_plugins.training.checkpoint import replacing
 
 RESULTS = Path(__file__).parent / "results"
 DETECTORS = ("GROOD", "NERO", "Energy", "KNN", "Mahalanobis")
-ARCHITECTURE = "pood_plugins.benchmark.digits:digits_classifier"
 #: folder and name of the outliers
 OUTLIERS = {"near": "digits 6-9", "flower": "flower", "noise": "noise"}
 
@@ -93,8 +92,7 @@ def write_images(dataset: Dataset, folder: Path) -> None:
 
 def commands(detector: str, folder: Path) -> list[list[str]]:
     saved, scores = str(folder / "detector"), str(folder / "scores.csv")
-    fit = ["fit", "--arch", ARCHITECTURE, "--weights", str(folder / "model.safetensors")]
-    fit += ["--size", "8", "--mean", "0", "--std", "1", "--channels", "1"]
+    fit = ["fit", "--arch", "digits", "--weights", str(folder / "model.safetensors")]
     fit += ["--data", str(folder / "train"), "--calibration", str(folder / "validation")]
     fit += ["--detector", detector, "--output", saved]
     sets = [str(folder / name) for name in ("test", *OUTLIERS)]

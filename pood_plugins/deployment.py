@@ -257,6 +257,7 @@ class Deployed:
         :return: what is in the directory
         :raises ValueError: if it is no such directory, is damaged, or needs ``arch``
         :raises OSError: if a file can't be read
+        :raises LookupError: if there is no such architecture
         :raises ImportError: if a plugin can't be imported
         """
         saved = persistence.Saved(path)
@@ -266,7 +267,15 @@ class Deployed:
                 f"{path} holds a detector without its classifier: load it by persistence.load, or "
                 "make a directory with both by `pood fit`"
             )
-        made_for = description["arch"]
+        try:
+            made_for, classes = description["arch"], list(map(str, description["classes"]))
+            if not isinstance(made_for, str) or len(made_for) > 1000:
+                raise ValueError("its architecture has no name")
+            preprocessing = Preprocessing.of_json(description["preprocessing"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} describes no classifier ({_one_line(error)}): fit the detector anew"
+            ) from error
         if arch is None and _runs_own_code(made_for):
             raise ValueError(
                 f"{path} runs the code {made_for}: if you know and trust it, say so by --arch "
@@ -274,15 +283,14 @@ class Deployed:
             )
         if arch not in (None, made_for):
             raise ValueError(f"{path} was made for --arch {made_for}, and not {arch}: correct it")
-        model = construct(made_for, len(description["classes"]))
+        model = construct(made_for, len(classes))
         saved.load_weights(model)
-        preprocessing = Preprocessing.of_json(description["preprocessing"])
         split = _split(model, preprocessing, device)
         return cls(
             saved.detector(split),
             split,
             saved.threshold,
-            description["classes"],
+            classes,
             preprocessing,
             saved.config["checksum"],
         )
@@ -602,8 +610,7 @@ def _check_rebuilds(split: SplitModel, arch: str, x: Tensor) -> None:
 
 def _runs_own_code(arch: str) -> bool:
     where, colon, _ = arch.partition(":")
-    own = where.split(".")[0] == "pood_plugins"
-    return bool(colon) and not own and where not in ("torchvision", "timm")
+    return bool(colon) and where not in ("torchvision", "timm")
 
 
 def _one_line(error: BaseException) -> str:

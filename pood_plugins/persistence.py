@@ -210,7 +210,10 @@ class Saved:
         with _reading(self.path):
             config = json.loads((self.path / _CONFIG).read_text(encoding="utf-8"))
             if not isinstance(config, dict) or not isinstance(config.get("format"), str):
-                raise _Refusal(f"{path} is no saved detector: its {_CONFIG} is something else")
+                raise _Refusal(
+                    f"{path} is no saved detector, since its {_CONFIG} is something else: name "
+                    "another directory"
+                )
             if config["format"] != _FORMAT:
                 raise _Refusal(
                     f"{path} has the format {config['format'][:80]!r}, and this version of "
@@ -386,7 +389,7 @@ def _reading(path: Path) -> Iterator[None]:
     """What damage leads to depends on where it is. Here, it becomes one kind of error."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(
             f"{path} is not complete ({Path(error.filename or '').name} is missing): copy the "
             "directory again, or fit the detector anew"
@@ -394,10 +397,12 @@ def _reading(path: Path) -> Iterator[None]:
     except (_Refusal, ImportError, OSError):
         raise
     except Exception as error:
-        reason = [type(error).__name__, *str(error).strip().splitlines()][-1]
+        reason = [type(error).__name__, *str(error).strip().splitlines()][-1][:200]
+        # it may repeat what is in the file
+        printable = "".join(c if c.isprintable() else "?" for c in reason)
         raise ValueError(
-            f"{path} is damaged or no saved detector ({reason[:200]}): copy the directory again, "
-            "or fit the detector anew"
+            f"{path} is damaged or no saved detector ({printable}): copy the directory again, or "
+            "fit the detector anew"
         ) from error
 
 

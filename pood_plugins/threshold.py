@@ -80,6 +80,10 @@ class Threshold:
     #: of the intervals, each by itself
     confidence: float = 0.95
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"a threshold must be a finite number, got {self.value}")
+
     def __call__(self, scores: _Scores) -> Tensor:
         """
         :param scores: outlier scores of any shape

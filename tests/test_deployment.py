@@ -87,6 +87,8 @@ def model_of(digits):
 
 # fit
 
+OWN_DIGITS = "pood_plugins.benchmark.digits:digits_classifier"
+
 
 def test_fit_says_what_it_did(fit_arguments, tmp_path, capsys):
     assert cli.main(fit_arguments) == 0
@@ -146,12 +148,8 @@ def test_held_out_images_are_not_fitted_on(monkeypatch, digits, tmp_path):
     monkeypatch.setattr(deployment._Batches, "__iter__", iterate)
     arguments = replaced(
         ["fit"],
-        arch="pood_plugins.benchmark.digits:digits_classifier",
+        arch="digits",
         weights=digits / "model.safetensors",
-        size=8,
-        mean=0,
-        std=1,
-        channels=1,
         data=digits / "train",
         output=tmp_path / "detector",
     )
@@ -238,9 +236,9 @@ class TestFitRefuses:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"size": None}, "scores silently wrong: give --size of its training"),
+            ({"arch": OWN_DIGITS}, "scores silently wrong: give --size, --mean, --std of its tr"),
             ({"std": 0}, "--std must be above 0"),
-            ({"channels": None}, "can't split Sequential"),
+            ({"channels": 3}, "can't split Sequential"),
             ({"tpr": 95}, "tpr is 95.0: use a fraction such as 0.95"),
             ({"option": "depth=3"}, "GROOD has no argument depth"),
             ({"data": "nowhere"}, "The folder nowhere can't be read"),
@@ -327,7 +325,8 @@ def own_code(tmp_path, monkeypatch):
 def test_own_code_is_not_run_because_a_file_says_so(
     own_code, fit_arguments, digits, tmp_path, capsys
 ):
-    arguments = replaced(fit_arguments, arch="own_networks:Net", weights=own_code)
+    known = {"size": 8, "mean": 0, "std": 1, "channels": 1}
+    arguments = replaced(fit_arguments, arch="own_networks:Net", weights=own_code, **known)
     assert cli.main(arguments) == 0
     sys.modules.pop("own_networks")
     score = ["score", "--detector", str(tmp_path / "detector"), "--data", str(digits / "near")]
@@ -341,7 +340,8 @@ def test_own_code_is_not_run_because_a_file_says_so(
 
 
 def test_network_that_does_not_come_back(own_code, fit_arguments, tmp_path, capsys):
-    arguments = replaced(fit_arguments, arch="own_networks:Forgetful", weights=own_code)
+    known = {"size": 8, "mean": 0, "std": 1, "channels": 1}
+    arguments = replaced(fit_arguments, arch="own_networks:Forgetful", weights=own_code, **known)
     assert cli.main(arguments) == 1
     assert "constructs a network with other logits for the same weights" in capsys.readouterr().err
     assert not (tmp_path / "detector").exists()

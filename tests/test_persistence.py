@@ -345,11 +345,11 @@ DAMAGES = {
     ),
     "config is a list": (
         lambda path: (path / "config.json").write_text("[1, 2]"),
-        "no saved detector: its config.json is something else",
+        "no saved detector, since its config.json is something else",
     ),
     "config of something else": (
         lambda path: (path / "config.json").write_text('{"format": 3}'),
-        "no saved detector: its config.json is something else",
+        "no saved detector, since its config.json is something else",
     ),
     "config is binary": (
         lambda path: (path / "config.json").write_bytes(b"\xff\xfe" + bytes(range(256))),

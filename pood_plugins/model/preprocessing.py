@@ -17,6 +17,8 @@ from typing import Any
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+_LARGEST = 1 << 14
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -42,8 +44,11 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         resize = self.resize if isinstance(self.resize, tuple) else (self.resize or 1,)
-        if min(self.size, *resize) < 1:
-            raise ValueError(f"images can't have {min(self.size, *resize)} pixels: correct --size")
+        for pixels in (self.size, *resize):
+            if not 1 <= pixels <= _LARGEST:
+                raise ValueError(
+                    f"images can't be {pixels} pixels high: --size must be 1 to {_LARGEST}"
+                )
         if self.channels not in (1, 3):
             raise ValueError(f"images have 3 channels or, if grey, 1, and not {self.channels}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -52,8 +57,10 @@ class Preprocessing:
                     f"--{name} must be {self.channels} numbers, or 1 for all channels, got "
                     f"{list(values)}"
                 )
-        if min(self.std) <= 0:
-            raise ValueError(f"--std must be above 0, got {list(self.std)}")
+        if not all(abs(value) < 1e9 for value in self.mean):
+            raise ValueError("--mean must be finite numbers")
+        if not all(0 < value < 1e9 for value in self.std):
+            raise ValueError("--std must be above 0, and finite")
         choices = [mode.value for mode in InterpolationMode]
         if self.interpolation not in choices:
             raise ValueError(

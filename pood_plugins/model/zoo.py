@@ -5,6 +5,7 @@ Classifiers by name, as the command line gives them.
 Architecture                    What it is
 ==============================  ===================================================================
 ``resnet20``, ``resnet56``      :mod:`CIFAR ResNets <pood_plugins.model.resnet_cifar>`
+``digits``                      :func:`~pood_plugins.benchmark.digits.digits_classifier`
 ``resnet50``, ``vit_b_16`` ...  a classifier of torchvision, or else of timm (which is an extra)
 ``WideResNet`` ...              a class of :mod:`pytorch_ood.model`
 ``package.module:callable``     whatever this returns when called with ``num_classes``
@@ -48,11 +49,21 @@ from ..training.checkpoint import short
 from . import resnet_cifar
 from .preprocessing import Preprocessing
 
-_OWN = {"resnet20": resnet_cifar.resnet20, "resnet56": resnet_cifar.resnet56}
+
+def _digits(num_classes: int) -> nn.Module:
+    from ..benchmark.digits import digits_classifier
+
+    return digits_classifier(num_classes=num_classes)
 
 
-#: Of the first published weights for the CIFAR ResNets of this package.
+#: preprocessing of the first published weights for the CIFAR ResNets of this package
 _CIFAR_RESNET = Preprocessing(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+#: networks of this package, and their preprocessing
+_OWN: dict[str, tuple[Callable[[int], nn.Module], Preprocessing]] = {
+    "resnet20": (resnet_cifar.resnet20, _CIFAR_RESNET),
+    "resnet56": (resnet_cifar.resnet56, _CIFAR_RESNET),
+    "digits": (_digits, Preprocessing(8, (0.0,), (1.0,), channels=1)),
+}
 
 
 def load_classifier(
@@ -89,7 +100,7 @@ def load_classifier(
     model = construct(arch, num_classes)
     if weights is not None:
         _load_state(model, Path(weights), arch)
-    return model.eval(), _CIFAR_RESNET if arch in _OWN else None
+    return model.eval(), _OWN[arch][1] if arch in _OWN else None
 
 
 def construct(arch: str, num_classes: int | None = None) -> nn.Module:
@@ -192,7 +203,7 @@ def _takes_classes(construct: Callable) -> bool:
 
 
 def _own(name: str, num_classes: int) -> nn.Module | None:
-    return _OWN[name](num_classes) if name in _OWN else None
+    return _OWN[name][0](num_classes) if name in _OWN else None
 
 
 def _torchvision(name: str, num_classes: int) -> nn.Module | None:

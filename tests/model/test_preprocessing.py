@@ -142,8 +142,8 @@ def test_json(preprocessing):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 0}, "can't have 0 pixels: correct --size"),
-        ({"resize": (8, -1)}, "can't have -1 pixels"),
+        ({"size": 0}, "can't be 0 pixels high: --size must be 1 to"),
+        ({"resize": (8, -1)}, "can't be -1 pixels"),
         ({"channels": 2}, "3 channels or, if grey, 1, and not 2"),
         ({"mean": (0.1, 0.2)}, "--mean must be 3 numbers, or 1 for all channels"),
         ({"std": (0.1, 0.2, 0.0)}, "--std must be above 0"),
