@@ -399,7 +399,7 @@ def _option(text: str) -> tuple[str, Any]:
     name, value = _named(text)
     try:
         return name, json.loads(value.lower() if value in ("True", "False") else value)
-    except ValueError:  # text that is no number or other literal stands for itself
+    except (ValueError, RecursionError):  # text that is no literal stands for itself
         return name, value
 
 

@@ -95,6 +95,7 @@ from .model.preprocessing import Preprocessing
 from .model.split import SplitModel, split_model
 from .model.zoo import construct
 from .threshold import Threshold, calibrate
+from .training.checkpoint import reason
 
 if TYPE_CHECKING:
     from pytorch_ood.api import Detector
@@ -149,7 +150,7 @@ class _Images(Dataset):
                 rgb = Image.fromarray(image).convert("RGB")
             return _Item(name, self.preprocessing.transform(rgb), label, None)
         except Exception as error:  # of whatever kind: one image must not end a run
-            return _Item(name, None, label, _one_line(error))
+            return _Item(name, None, label, reason(error))
 
 
 def find_classes(data: _Path) -> list[str]:
@@ -274,7 +275,7 @@ class Deployed:
             preprocessing = Preprocessing.of_json(description["preprocessing"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} describes no classifier ({_one_line(error)}): fit the detector anew"
+                f"{path} describes no classifier ({reason(error)}): fit the detector anew"
             ) from error
         if arch is None and _runs_own_code(made_for):
             raise ValueError(
@@ -313,29 +314,25 @@ class Deployed:
 
     def _rows(self, batches: _Batches) -> Iterator[list[Row]]:
         for items in batches.items():
-            rows = {i: Row(item.name, error=item.error) for i, item in enumerate(items)}
-            readable = [i for i, item in enumerate(items) if item.image is not None]
-            for group in self._groups(items, readable):
-                rows.update(group)
-            yield list(rows.values())
+            scored = iter(self._score([item for item in items if item.image is not None]))
+            yield [
+                Row(item.name, error=item.error) if item.image is None else next(scored)
+                for item in items
+            ]
 
-    def _groups(self, items: list[_Item], readable: list[int]) -> Iterator[dict[int, Row]]:
-        """Rows of the readable items, of all at once or, if that fails, one by one."""
-        if not readable:
-            return
-        x = torch.stack([items[i].image for i in readable])  # type: ignore[misc]
+    def _score(self, items: list[_Item]) -> list[Row]:
+        """Rows of images that could be read, scored at once or, if that fails, one by one."""
+        if not items:
+            return []
+        x = torch.stack([item.image for item in items])  # type: ignore[misc]
         try:
             scores, predicted = self._predict(x)
         except ValueError as error:  # such as for features that are not finite
-            if len(readable) == 1:
-                yield {readable[0]: Row(items[readable[0]].name, error=_one_line(error))}
-            else:
-                for i in readable:
-                    yield from self._groups(items, [i])
-            return
-        names = [items[i].name for i in readable]
-        rows = map(self._row, names, scores.tolist(), predicted.tolist())
-        yield dict(zip(readable, rows))
+            if len(items) == 1:
+                return [Row(items[0].name, error=reason(error))]
+            return [row for item in items for row in self._score([item])]
+        names = [item.name for item in items]
+        return list(map(self._row, names, scores.tolist(), predicted.tolist()))
 
     def _row(self, name: str, score: float, predicted: int) -> Row:
         if math.isnan(score):
@@ -596,7 +593,7 @@ def _check_rebuilds(split: SplitModel, arch: str, x: Tensor) -> None:
     except RuntimeError as error:
         raise ValueError(
             f"{arch} constructs another network than this one, so it can't be loaded again "
-            f"({_one_line(error)}): name the architecture of these weights by --arch"
+            f"({reason(error)}): name the architecture of these weights by --arch"
         ) from error
     with torch.no_grad():
         difference = float((again(x) - split.model(x)).abs().max())
@@ -611,7 +608,3 @@ def _check_rebuilds(split: SplitModel, arch: str, x: Tensor) -> None:
 def _runs_own_code(arch: str) -> bool:
     where, colon, _ = arch.partition(":")
     return bool(colon) and where not in ("torchvision", "timm")
-
-
-def _one_line(error: BaseException) -> str:
-    return [type(error).__name__, *str(error).strip().splitlines()][-1][:300]

@@ -189,8 +189,11 @@ def _check(
             f"k={k} must be between 1 and the {bank.shape[0]} rows of the bank. "
             "Use a smaller k or a larger bank."
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"batch_size must be an integer of at least 1, got {batch_size!r}. Leave it out, or "
+            "lower it only as far as memory asks for."
+        )
 
 
 def _float32_is_exact() -> bool:

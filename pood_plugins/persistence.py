@@ -79,6 +79,7 @@ from torch import Tensor, nn
 from . import registry
 from .model.split import SplitModel
 from .threshold import Threshold
+from .training.checkpoint import reason
 
 if TYPE_CHECKING:
     from pytorch_ood.api import Detector
@@ -397,12 +398,9 @@ def _reading(path: Path) -> Iterator[None]:
     except (_Refusal, ImportError, OSError):
         raise
     except Exception as error:
-        reason = [type(error).__name__, *str(error).strip().splitlines()][-1][:200]
-        # it may repeat what is in the file
-        printable = "".join(c if c.isprintable() else "?" for c in reason)
         raise ValueError(
-            f"{path} is damaged or no saved detector ({printable}): copy the directory again, or "
-            "fit the detector anew"
+            f"{path} is damaged or no saved detector ({reason(error)}): copy the directory again, "
+            "or fit the detector anew"
         ) from error
 
 

@@ -13,7 +13,11 @@ import torch
 from torch import nn
 
 # no time limit (machines differ) and the same examples in every run
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, print_blob=True
+)
+# more of them, and others in every run: pytest --hypothesis-profile=thorough tests/test_fuzz.py
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
 
 

@@ -534,7 +534,7 @@ def change_list(root, file, change):
             ["--root=TREE", "--arch=generated_networks:small", "--size=32"],
         ),
         (1, "--mean must be 3 numbers", ["--root=TREE", "SMALL", "--mean", "1", "2"]),
-        (1, "--std must be above 0, got", ["--root=TREE", "SMALL", "--std", "0"]),
+        (1, "--std must be above 0, and finite", ["--root=TREE", "SMALL", "--std", "0"]),
         (1, r"there is no folder .*/nix: name the one that", ["--root=PLACE/nix", "RESNET"]),
         (1, r"there is no folder .*10.pt: name", ["--root=PLACE/cifar10.pt", "RESNET"]),
         (1, r"no image lists of OpenOOD \(cifar10/\*.txt\) in", ["--root=PLACE/lost", "RESNET"]),

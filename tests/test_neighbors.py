@@ -433,7 +433,12 @@ def test_strided_and_inference_inputs():
         (randn(3, 2), randn(5, 2), {"k": 0}, r"k=0 must be between 1 and the 5 rows"),
         (randn(3, 2), randn(5, 2), {"k": 6}, r"k=6 .* Use a smaller k or a larger bank"),
         (randn(3, 2), randn(0, 2), {}, r"the 0 rows of the bank"),
-        (randn(3, 2), randn(5, 2), {"batch_size": 0}, r"batch_size must be at least 1, got 0"),
+        (
+            randn(3, 2),
+            randn(5, 2),
+            {"batch_size": 0},
+            r"batch_size must be an integer of at least 1, got 0\. Leave",
+        ),
     ],
 )
 def test_bad_arguments(query, bank, arguments, message):

@@ -86,7 +86,8 @@ from pytorch_ood.benchmark import (
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from ..dataset.packs import ImagePack
+from ..dataset.packs import ImagePack, load_arrays
+from ..training.checkpoint import reason, short
 from .folder import ImageFiles
 
 __all__ = [
@@ -317,13 +318,13 @@ class PackedCIFAR10(_Partial):
         root = Path(root).expanduser()
         try:
             with open(root / _INDEX, "rb") as file:  # which numpy leaves open if it is damaged
-                index = dict(np.load(file, allow_pickle=False))
+                index = load_arrays(file)
             known = {name: index[f"cifar10_{name}"] for name in ("test", "val")}
             cifar100 = index["cifar100_as_ood_test"]
         except Exception as error:  # what a damaged file raises depends on where the damage is
             raise ValueError(
-                f"{root / _INDEX} is missing or damaged ({error}): name another root folder, or "
-                "copy the file again"
+                f"{root / _INDEX} is missing or damaged ({reason(error)}): name another root "
+                "folder, or copy the file again"
             ) from error
 
         def read(*names: str) -> ImagePack | str:
@@ -334,6 +335,8 @@ class PackedCIFAR10(_Partial):
 
         def rows(pack: ImagePack | str, of: np.ndarray) -> ImagePack | str:
             try:
+                if of.ndim != 1 or of.dtype.kind not in "iu" or (of < 0).any():
+                    raise IndexError("it holds something else than numbers of rows")
                 return pack if isinstance(pack, str) else pack.subset(of)
             except IndexError as error:
                 raise ValueError(
@@ -425,26 +428,37 @@ def _read_list(path: Path, root: Path, transform: Callable | None) -> ImageFiles
     for file, label in _entries(path):
         files.append(root / file)
         labels.append(label)
-    absent = [file for file in files if not file.exists()]
+    absent = [file for file in files if not _exists(file)]
     if not files:
         return f"the list {path.name} is empty"
     if absent:
-        return f"{len(absent):,} of {len(files):,} images are not there, e.g. {absent[0]}"
+        example = short(absent[0], 300)
+        return f"{len(absent):,} of {len(files):,} images are not there, e.g. {example}"
     return ImageFiles(files, labels, transform)
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # its name is one that no file can have
+        return False
 
 
 def _entries(path: Path) -> Iterator[tuple[str, int]]:
     try:
         lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy the list again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({reason(error)}): copy the list again") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
             file, label = line.rsplit(maxsplit=1)  # names of files may hold spaces
+            if abs(int(label)) >= 2**63:  # no tensor has it
+                raise ValueError
             yield file.strip(), int(label)
         except ValueError:
             raise ValueError(
-                f"line {number} of {path} is {line!r}, not a path and a label: copy the list again"
+                f"line {number} of {path} is {short(repr(line))}, not a path and a label: copy "
+                "the list again"
             ) from None

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
@@ -50,7 +51,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..training.checkpoint import reason
+
 __all__ = ["ImagePack", "PackLoader", "RandomCropFlip", "read_pack"]
+
+# bytes that a file may always take in memory, and how many times its own size if that is more
+_ROOM, _RATIO = 2**28, 100
 
 
 def read_pack(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -71,28 +77,59 @@ def read_pack(path: str | os.PathLike) -> dict[str, np.ndarray]:
             _check(arrays["x"], arrays["y"])
         except Exception as error:  # what a damaged file raises depends on where the damage is
             raise ValueError(
-                f"{os.fspath(path)} is damaged or holds no images with labels ({error}): copy it "
-                "again, or name another file"
+                f"{os.fspath(path)} is damaged or holds no images with labels ({reason(error)}): "
+                "copy it again, or name another file"
             ) from error
     return arrays
 
 
 def _read(file: BinaryIO) -> dict[str, np.ndarray]:
+    room = _room(file)
     with zipfile.ZipFile(file) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".webp"))
         if not names:
-            file.seek(0)
-            return dict(np.load(file, allow_pickle=False))
-        arrays = dict(np.load(io.BytesIO(archive.read("meta.npz")), allow_pickle=False))
-        strips = [np.asarray(_decode(archive.read(name))) for name in names]
+            return load_arrays(file)
+        _check_room(sum(info.file_size for info in archive.infolist()), room)
+        arrays = load_arrays(io.BytesIO(archive.read("meta.npz")))
+        strips: list[np.ndarray] = []
+        for name in names:
+            with Image.open(io.BytesIO(archive.read(name)), formats=["WEBP"]) as image:
+                if strips and image.width != strips[0].shape[1]:
+                    raise ValueError(f"{name} has images of another size than {names[0]}")
+                room -= 3 * image.width * image.height
+                _check_room(0, room)
+                strips.append(np.asarray(image.convert("RGB")))
     size = strips[0].shape[1]
     arrays["x"] = np.concatenate([strip.reshape(-1, size, size, 3) for strip in strips])
     return arrays
 
 
-def _decode(content: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(content), formats=["WEBP"]) as image:
-        return image.convert("RGB")
+def load_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
+    """
+    :param file: a NumPy ``.npz``
+    :return: its arrays by name
+    :raises Exception: of any kind if it is damaged, and if it would take much more memory than its
+        size lets expect
+    """
+    with zipfile.ZipFile(file) as archive:
+        _check_room(sum(info.file_size for info in archive.infolist()), _room(file))
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that are then refused, or of old ones
+        arrays = dict(np.load(file, allow_pickle=False))
+    if foreign := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise ValueError(f"{foreign[0]!r} in it is no array")
+    return arrays
+
+
+def _room(file: BinaryIO) -> int:
+    """How many bytes a file may take in memory: images are not compressed to a hundredth."""
+    return max(_ROOM, _RATIO * file.seek(0, os.SEEK_END))
+
+
+def _check_room(size: int, room: int) -> None:
+    if size > room:
+        raise ValueError(f"what is in it takes more than {room / 1e6:.0f} MB, far too much for it")
 
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
@@ -106,6 +143,8 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
             f"there must be one integer label for each of {len(x)} images; y has {y.dtype} and "
             f"shape {y.shape}"
         )
+    if y.dtype == np.uint64 and (y > np.iinfo(np.int64).max).any():
+        raise ValueError(f"labels must be at most {np.iinfo(np.int64).max}; y has larger ones")
 
 
 class ImagePack(Dataset):
@@ -142,9 +181,16 @@ class ImagePack(Dataset):
         :param paths: image packs or ``.npz``; one or more, with images of one size
         :param transform: see the constructor
         :return: their images and labels, in this order
-        :raises ValueError: see :func:`read_pack`
+        :raises ValueError: see :func:`read_pack`, or if there is no path or sizes differ
         """
         packs = [cls(arrays["x"], arrays["y"]) for arrays in map(read_pack, paths)]
+        sizes = [f"{pack.x.shape[1]} x {pack.x.shape[2]}" for pack in packs]
+        if len(set(sizes)) != 1:
+            found = ", ".join(f"{os.fspath(p)} has {size}" for p, size in zip(paths, sizes))
+            raise ValueError(
+                f"images must be of one size, but {found or 'no file is given'}: name files with "
+                "images of one size"
+            )
         x = np.concatenate([pack.x for pack in packs])
         return cls(x, np.concatenate([pack.y for pack in packs]), transform)
 

@@ -139,13 +139,21 @@ def _probability(
     z: Tensor, prototypes: Tensor, ood_prototype: Tensor, temperature: Union[float, Tensor]
 ) -> Tuple[Tensor, Tensor]:
     """Softmax probability of the OOD prototype, and distance to it, of shape B, in float64."""
-    points = torch.cat([prototypes, ood_prototype[None]]).double()
+    origin = ood_prototype.double()
+    offset = z.double() - origin
+    distance = offset.norm(dim=1)
+    points = torch.cat([prototypes.double() - origin, torch.zeros_like(origin)[None]])
+    # Of features this far away only the direction counts, but the distances to the prototypes
+    # would agree in all their digits: bring them to where float64 tells these apart.
+    reach = 1e8 * points.norm(dim=1).amax()
+    farthest = reach.clamp(min=torch.finfo(torch.float64).tiny)
+    offset *= (reach / torch.maximum(distance, farthest))[:, None]
     # by differences: the expansion of the square would cost the digits that the softmax needs
-    distances = torch.cdist(z.double(), points, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(offset, points, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.amin(dim=1, keepdim=True)
     # relative to the nearest, so that a tiny temperature does not overflow every logit
     probabilities = ((nearest - distances) / temperature).softmax(dim=1)
-    return probabilities[:, -1], distances[:, -1]
+    return probabilities[:, -1], distance
 
 
 def _gradients(z: Tensor, ood_prototype: Tensor, probability: Tensor, distance: Tensor) -> Tensor:
@@ -279,6 +287,11 @@ class GROOD(FeaturesDetector):
         self.temperature_: Optional[Tensor] = None
         self._fitted_temperature: Union[float, str, None] = None
 
+        if not callable(head):
+            raise ValueError(
+                f"GROOD needs a head that maps features to logits, got {type(head).__name__}. "
+                "Pass the last layer of the network."
+            )
         self._check_hyperparameters()
 
     def fit(self, data_loader: DataLoader) -> Self:
@@ -308,13 +321,12 @@ class GROOD(FeaturesDetector):
         dimension = getattr(self.head, "in_features", None)
 
         def features() -> Iterator[Tuple[Tensor, Tensor]]:
-            for x, y in data_loader:
-                with torch.no_grad():
-                    z = encoder(x.to(device)).detach().flatten(1)
+            for x, y in _pairs(data_loader):
+                z = _encode(encoder, x, device)
                 _check_features(z, dimension)
                 y = _check_labels(y, z).cpu()
                 if len(y):
-                    yield z.float(), y
+                    yield z.detach().float(), y
 
         if self.bank_fraction < 1.0 or self.bank_dtype != torch.float32:
             dataset: Any = getattr(data_loader, "dataset", None)
@@ -344,9 +356,12 @@ class GROOD(FeaturesDetector):
         :return: the fitted detector
         :raises ValueError: if the features are not finite or of the wrong shape, labels do not
             match them or exceed the head's columns, there is no ID sample, the source of the OOD
-            prototype lacks data, or a hyper-parameter is out of range. The previous fit is kept.
+            prototype lacks data, the head gives no finite logits, or a hyper-parameter is out of
+            range. The previous fit is kept.
+        :raises TypeError: if features or labels are no dense tensors
         """
         self._check_hyperparameters()
+        _check_batch_size(batch_size)
         _check_features(z, getattr(self.head, "in_features", None))
         # labels steer shapes, so they live on the host, where loaders put them
         labels = _check_labels(labels, z).cpu()
@@ -425,11 +440,17 @@ class GROOD(FeaturesDetector):
             vanished = (norms / math.sqrt(dimension)).float() == 0
         flags = torch.stack([torch.isfinite(ood_prototype).all(), temperature > 0])
         # the only device-to-host read of a fit
-        packed = torch.cat([flags, tally.finite, tally.correct, vanished]).cpu()
-        flags, finite, correct, vanished = packed.split(
-            [2, len(labels), len(labels), len(vanished)]
+        packed = torch.cat([flags, tally.finite, tally.sound, tally.correct, vanished]).cpu()
+        flags, finite, sound, correct, vanished = packed.split(
+            [2, len(labels), len(labels), len(labels), len(vanished)]
         )
         _raise_if_not_finite(finite)
+        if not sound.all():
+            raise ValueError(
+                f"The head maps {int((~sound).sum())} of {len(sound)} finite feature rows to NaN "
+                "or infinite logits. Check its weights, and use head.float() if it is in half "
+                "precision."
+            )
         if not bool(flags[0]):
             raise ValueError(
                 "The OOD prototype contains NaN or infinite values. Compute it from finite "
@@ -478,6 +499,7 @@ class GROOD(FeaturesDetector):
         """The first pass. Mixes features on the assumption of so many samples of these classes."""
         labels: List[Tensor] = []
         finite: List[Tensor] = []
+        sound: List[Tensor] = []
         correct: List[Tensor] = []
         sums, mix = torch.zeros(1, 0), _Mix(torch.zeros(0, dtype=torch.bool), torch.arange(0))
         for z, y in batches(False):
@@ -486,7 +508,9 @@ class GROOD(FeaturesDetector):
             if not labels:
                 sums = torch.zeros(columns + 1, z.shape[1], dtype=torch.float64, device=z.device)
                 chosen = self._choose(expected, torch.Generator().manual_seed(self.seed))
-                mix = _Mix(chosen, torch.arange(columns) if classes is None else classes)
+                every = torch.arange(columns)
+                # a label beyond the head is told of when its batch comes
+                mix = _Mix(chosen, every if classes is None else classes[classes < columns])
             if int(y.max()) >= columns:
                 raise ValueError(
                     f"Label {int(y.max())} exceeds the {columns} columns of the head. Labels must "
@@ -498,9 +522,12 @@ class GROOD(FeaturesDetector):
                 mix.add(z, y, logits)
             # a sum of float32 numbers in float64 is finite if, and only if, all of them are
             finite.append(torch.isfinite(z.sum(dim=1, dtype=torch.float64)))
+            # a class may be ruled out by -inf
+            sound.append(logits.amax(dim=1) < math.inf)
             correct.append(logits.argmax(dim=1) == column)
             labels.append(y)
-        return _Tally(sums, _concatenate(labels), _concatenate(finite), _concatenate(correct), mix)
+        found = [_concatenate(parts) for parts in (labels, finite, sound, correct)]
+        return _Tally(mix, sums, *found)
 
     def _make_bank(
         self,
@@ -563,10 +590,8 @@ class GROOD(FeaturesDetector):
                 "predict() needs an encoder. Pass one, or use predict_features()."
             )
         self._fitted_state()
-        device = self.device
-        with torch.no_grad():
-            z = self.encoder(x if device is None else x.to(device)).flatten(1)
-        return self.predict_features(z)
+        _check_inputs(x)
+        return self.predict_features(_encode(self.encoder, x, self.device))
 
     @torch.no_grad()
     def predict_features(self, z: Tensor, batch_size: int = 16384) -> Tensor:
@@ -837,7 +862,56 @@ def _count(name: str, value: Union[int, float], total: int) -> int:
     return value
 
 
+def _pairs(data_loader: Iterable[Any]) -> Iterator[Tuple[Tensor, Any]]:
+    """Batches of a loader. A tensor is none, although one of two rows unpacks into a pair."""
+    for batch in data_loader:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            kind = type(batch).__name__
+            length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise ValueError(
+                f"The loader must yield batches (x, y) of inputs and labels, got {kind}{length}. "
+                "Use a data set that returns these two."
+            )
+        x, y = batch
+        _check_inputs(x)
+        yield x, y
+
+
+def _check_inputs(x: Any) -> None:
+    if not hasattr(x, "to"):
+        raise TypeError(
+            f"Inputs must be a tensor, got {type(x).__name__}. Convert them first, e.g. with "
+            "torch.as_tensor(x)."
+        )
+
+
+@torch.no_grad()
+def _encode(encoder: Callable[[Tensor], Tensor], x: Tensor, device: Any) -> Tensor:
+    """What the encoder returns, where that is a tensor with at most two axes."""
+    z = encoder(x if device is None else x.to(device))
+    return z.flatten(1) if isinstance(z, Tensor) and z.dim() > 2 else z
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    if not dense:
+        kind = f"a {value.layout} one" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"{name} must be a dense tensor, got {kind}. Convert or pick it first, e.g. "
+            "with torch.as_tensor(), to_dense() or [0]."
+        )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"batch_size must be an integer of at least 1, got {batch_size!r}. Leave it out, or "
+            "lower it only as far as memory asks for."
+        )
+
+
 def _check_features(z: Tensor, dimension: Optional[int] = None) -> None:
+    _check_tensor("Features", z)
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(
             f"Expected floating point features of shape B x D, got {z.dtype} of shape "
@@ -851,6 +925,7 @@ def _check_features(z: Tensor, dimension: Optional[int] = None) -> None:
 
 
 def _check_labels(labels: Tensor, z: Tensor) -> Tensor:
+    _check_tensor("Labels", labels)
     if labels.dim() != 1 or labels.shape[0] != z.shape[0]:
         raise ValueError(
             f"Expected one label per feature row ({z.shape[0]}), got labels of shape "
@@ -879,9 +954,16 @@ def _check_two_classes(n_classes: int) -> None:
 
 
 def _logits(head: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Logits of features whose dtype may differ from that of the head."""
+    """Logits of features whose dtype or device may differ from that of the head."""
     weight = next(head.parameters(), None) if isinstance(head, Module) else None
-    return head(z if weight is None else z.to(weight.dtype))
+    logits = head(z if weight is None else z.to(weight.device, weight.dtype))
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(z):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"The head must map features to logits of shape B x C, got {got} for {len(z)} rows. "
+            "Pass the last layer of the network."
+        )
+    return logits.to(z.device)
 
 
 def _runner_up(logits: Tensor, classes: Tensor) -> Tensor:
@@ -892,11 +974,12 @@ def _runner_up(logits: Tensor, classes: Tensor) -> Tensor:
 class _Tally(NamedTuple):
     """What the first pass over the training data finds."""
 
+    mix: "_Mix"
     sums: Tensor  # of the features of each column of the head and, in the last row, of outliers
     labels: Tensor  # on the host
     finite: Tensor  # whether the features are
+    sound: Tensor  # whether the largest logit is a number
     correct: Tensor  # whether the head is
-    mix: "_Mix"
 
 
 class _Mix:

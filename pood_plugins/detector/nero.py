@@ -30,7 +30,7 @@ of the paper that we know. The differences are:
 """
 
 import logging
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 from pytorch_ood.api import (
@@ -41,7 +41,6 @@ from pytorch_ood.api import (
     RequiresFittingException,
     Task,
 )
-from pytorch_ood.utils import extract_features
 from pytorch_ood.utils.utils import _check_fraction
 from torch import Tensor
 from torch.nn import Linear
@@ -202,10 +201,17 @@ class NERO(FeaturesDetector):
         """
         if self.encoder is None:
             raise ModelNotSetException("fit() needs an encoder. Pass one, or use fit_features().")
-        encoder = self.encoder
-        # flattened here: upstream's helper fails on features that are not contiguous
-        z, y = extract_features(data_loader, lambda x: encoder(x).flatten(1), self.device)
-        return self.fit_features(z, y)
+        dimension = self.head.in_features
+        features, labels = [torch.empty(0, dimension)], [torch.empty(0, dtype=torch.long)]
+        for x, y in _pairs(data_loader):
+            y = _check_labels(y, x).cpu()
+            known = y >= 0
+            if known.any():
+                z = _encode(self.encoder, x[known.to(x.device)], self.device)
+                _check_features(z, dimension)
+                labels.append(_check_labels(y[known], z))
+                features.append(z.detach().float().cpu())
+        return self.fit_features(torch.cat(features), torch.cat(labels))
 
     @torch.no_grad()
     def fit_features(self, z: Tensor, labels: Tensor, batch_size: int = 512) -> Self:
@@ -218,10 +224,12 @@ class NERO(FeaturesDetector):
         :param batch_size: number of samples processed at once; lower it to reduce peak memory
         :return: the fitted detector
         :raises ValueError: if the features are not finite or of the wrong shape, labels do not
-            match them or exceed the head's columns, there is no ID sample, or a hyper-parameter is
-            out of range. The previous fit is kept.
+            match them or exceed the head's columns, there is no ID sample, the relevance does not
+            differ, or a hyper-parameter is out of range. The previous fit is kept.
+        :raises TypeError: if features or labels are no dense tensors
         """
         self._check_hyperparameters()
+        _check_batch_size(batch_size)
         _check_features(z, self.head.in_features)
         # labels steer shapes, so they live on the host, where loaders put them
         labels = _check_labels(labels, z).cpu()
@@ -272,8 +280,10 @@ class NERO(FeaturesDetector):
         # float32 features that differ at all have a larger variance than this
         varies = covariance.trace() > 1e-24 * mean.square().sum()
         # the only device-to-host read of a fit
-        *finite, varies = torch.cat([_finite(z), varies[None]]).tolist()
+        sound = torch.isfinite(covariance.trace() + distance)
+        *finite, sound, varies = torch.cat([_finite(z), torch.stack([sound, varies])]).tolist()
         _raise_if_not_finite(finite)
+        _raise_if_not_sound(sound)
         if not varies:
             raise ValueError(
                 "The relevance is the same for all training samples, so there are no principal "
@@ -307,9 +317,8 @@ class NERO(FeaturesDetector):
                 "predict() needs an encoder. Pass one, or use predict_features()."
             )
         self._fitted_state()
-        with torch.no_grad():
-            z = self.encoder(x.to(self.device)).flatten(1)
-        return self.predict_features(z)
+        _check_inputs(x)
+        return self.predict_features(_encode(self.encoder, x, self.device))
 
     @torch.no_grad()
     def predict_features(self, z: Tensor, batch_size: int = 512) -> Tensor:
@@ -323,22 +332,27 @@ class NERO(FeaturesDetector):
         """
         components, _, _ = self._fitted_state()
         self._check_hyperparameters()
+        _check_batch_size(batch_size)
         _check_features(z, self.head.in_features)
         z = z.detach().to(components.device).float()
         finite = _finite(z)
         scores = torch.cat([self._score(chunk) for chunk in z.split(batch_size)])
-        _raise_if_not_finite(finite.tolist())  # the only device-to-host read
+        # the only device-to-host read
+        finite, sound = torch.stack([finite, torch.isfinite(scores)]).tolist()
+        _raise_if_not_finite(finite)
+        _raise_if_not_sound(all(sound))
         return scores.clamp(max=torch.finfo(torch.float32).max).float()
 
     def __repr__(self) -> str:
         return f"NERO(n_components={self.n_components:.4g}, n_neurons={self.n_neurons:.4g})"
 
     def _relevance(self, z: Tensor) -> Tuple[Tensor, Tensor]:
-        bias = self.head.bias
-        weight = self.head.weight.double()
-        return nero_relevance(
-            z.double(), weight, None if bias is None else bias.double(), self.eps
+        # the network may have been moved since the fit
+        weight, bias = (
+            None if parameter is None else parameter.to(z.device, torch.float64)
+            for parameter in (self.head.weight, self.head.bias)
         )
+        return nero_relevance(z.double(), weight, bias, self.eps)
 
     def _score(self, z: Tensor) -> Tensor:
         components, projected_centroids, bias_scale = self._fitted_state()
@@ -385,7 +399,56 @@ def _count(name: str, value: Union[int, float], total: int) -> int:
     return min(value, total)
 
 
+def _pairs(data_loader: Iterable[Any]) -> Iterator[Tuple[Tensor, Any]]:
+    """Batches of a loader. A tensor is none, although one of two rows unpacks into a pair."""
+    for batch in data_loader:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            kind = type(batch).__name__
+            length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+            raise ValueError(
+                f"The loader must yield batches (x, y) of inputs and labels, got {kind}{length}. "
+                "Use a data set that returns these two."
+            )
+        x, y = batch
+        _check_inputs(x)
+        yield x, y
+
+
+def _check_inputs(x: Any) -> None:
+    if not hasattr(x, "to"):
+        raise TypeError(
+            f"Inputs must be a tensor, got {type(x).__name__}. Convert them first, e.g. with "
+            "torch.as_tensor(x)."
+        )
+
+
+@torch.no_grad()
+def _encode(encoder: Callable[[Tensor], Tensor], x: Tensor, device: Any) -> Tensor:
+    """What the encoder returns, where that is a tensor with at most two axes."""
+    z = encoder(x if device is None else x.to(device))
+    return z.flatten(1) if isinstance(z, Tensor) and z.dim() > 2 else z
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    if not dense:
+        kind = f"a {value.layout} one" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"{name} must be a dense tensor, got {kind}. Convert or pick it first, e.g. "
+            "with torch.as_tensor(), to_dense() or [0]."
+        )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"batch_size must be an integer of at least 1, got {batch_size!r}. Leave it out, or "
+            "lower it only as far as memory asks for."
+        )
+
+
 def _check_features(z: Tensor, dimension: int) -> None:
+    _check_tensor("Features", z)
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(
             f"Expected floating point features of shape B x D, got {z.dtype} of shape "
@@ -399,6 +462,7 @@ def _check_features(z: Tensor, dimension: int) -> None:
 
 
 def _check_labels(labels: Tensor, z: Tensor) -> Tensor:
+    _check_tensor("Labels", labels)
     if labels.dim() != 1 or labels.shape[0] != z.shape[0]:
         raise ValueError(
             f"Expected one label per feature row ({z.shape[0]}), got labels of shape "
@@ -421,4 +485,11 @@ def _raise_if_not_finite(finite: List[bool]) -> None:
         raise ValueError(
             f"{broken} of {len(finite)} feature rows contain NaN or infinite values. Remove or "
             "repair them first, e.g. keep z[z.isfinite().all(dim=1)]."
+        )
+
+
+def _raise_if_not_sound(sound: bool) -> None:
+    if not sound:
+        raise ValueError(
+            "The head gives NaN or infinite relevance for finite features. Check its weights."
         )

@@ -332,6 +332,30 @@ def test_broken_line_is_named(root, line, name):
         PartialCIFAR10(root)
 
 
+@pytest.mark.parametrize("label", [2**63, -(2**63), "9" * 5000])
+def test_label_that_no_tensor_has(root, label):
+    lines_of(root, "MNIST", lambda lines: [lines[0].rsplit(" ", 1)[0] + f" {label}"])
+    with pytest.raises(ValueError, match="line 1 of .*test_mnist.txt .*copy the list") as caught:
+        PartialCIFAR10(root)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "\x00", "\x1b[2J"])
+def test_names_that_no_file_has(root, name):
+    lines_of(root, "MNIST", lambda lines: [f"{name} 1"])
+    reason = PartialCIFAR10(root).missing["MNIST"]
+    assert reason.startswith("1 of 1 images are not there") and len(reason) < 400
+    assert reason.isprintable()
+
+
+def test_list_that_is_a_folder(root):
+    path = root.parent / "benchmark_imglist" / "cifar10" / LISTS["SVHN"]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"test_svhn.txt is damaged \(.*: copy the list again"):
+        PartialCIFAR10(root)
+
+
 def test_list_that_is_no_text(root):
     path = root.parent / "benchmark_imglist" / "cifar10" / LISTS["SVHN"]
     path.write_bytes(b"\xff\xfe" + bytes(range(256)))
@@ -593,7 +617,14 @@ def test_damaged_index(packs):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"cifar10_test": [0, 8]}, {"cifar100_as_ood_test": [7]}, {"cifar10_val": [0.5]}],
+    [
+        {"cifar10_test": [0, 8]},
+        {"cifar100_as_ood_test": [7]},
+        {"cifar10_val": [0.5]},
+        {"cifar10_test": [0, -1]},
+        {"cifar10_test": [[0, 1]]},
+        {"cifar10_test": 0},
+    ],
 )
 def test_index_of_other_packs(packs, changes):
     root, _ = packs

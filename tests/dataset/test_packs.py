@@ -107,6 +107,14 @@ def damaged(path, kind):
         np.savez(path, x=x, y=y / 2)
     elif kind == "too few labels":
         write_pack(path, x, y[:7])
+    elif kind == "labels above all integers":
+        np.savez(path, x=x, y=np.array([0] * 7 + [2**63], dtype=np.uint64))
+    elif kind == "file that is no array":
+        np.savez(path, x=x, y=y)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("names.txt", b"a, b, c")
+    elif kind == "far too much for its size":
+        np.savez_compressed(path, x=np.zeros((3 * 10**5, 32, 32), np.uint8), y=y)
     elif kind == "no meta":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("strip_00000.webp", b"")
@@ -137,6 +145,9 @@ def damaged(path, kind):
         "float images",
         "float labels",
         "too few labels",
+        "labels above all integers",
+        "file that is no array",
+        "far too much for its size",
         "no meta",
         "truncated",
         "flipped bits",
@@ -149,6 +160,33 @@ def test_damaged_files(tmp_path, kind):
     damaged(path, kind)
     with pytest.raises(ValueError, match=r"pack\.npz is damaged or holds no .* name another file"):
         read_pack(path)
+
+
+def test_strips_of_two_widths(tmp_path):
+    # of which the second has as many pixels as one image of the first's size
+    x, y = images(1)
+    write_pack(tmp_path / "a.zip", x, y)
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+        content = io.BytesIO()
+        Image.fromarray(x.reshape(64, 16, 3)).save(content, "WEBP", lossless=True)
+        archive.writestr("strip_00001.webp", content.getvalue())
+    with pytest.raises(ValueError, match="strip_00001.webp has images of another size"):
+        read_pack(tmp_path / "a.zip")
+
+
+def test_files_with_images_of_several_sizes(tmp_path):
+    for size in (8, 9):
+        x, y = images(2, size)
+        np.savez(tmp_path / f"{size}.npz", x=x, y=y)
+    with pytest.raises(ValueError, match=r"8\.npz has 8 x 8, .*9\.npz has 9 x 9: name files"):
+        ImagePack.read(tmp_path / "8.npz", tmp_path / "9.npz")
+    with pytest.raises(ValueError, match="no file is given: name files"):
+        ImagePack.read()
+
+
+def test_constant_images_may_be_small_files(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros((1000, 32, 32), np.uint8), y=[0] * 1000)
+    assert len(ImagePack.read(tmp_path / "a.npz")) == 1000
 
 
 def test_missing_file(tmp_path):

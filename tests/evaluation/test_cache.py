@@ -166,10 +166,15 @@ class Payload:
         lambda path: torch.save({"key": KEY, "value": Payload()}, path),
         lambda path: module.save_checkpoint(path, ["a", "list"]),
         lambda path: module.save_checkpoint(path, 7),
+        lambda path: module.save_checkpoint(path, torch.ones(2)),
+        lambda path: module.save_checkpoint(
+            path, {"key": module.load_checkpoint(path)["key"], "value": None}
+        ),
         lambda path: module.save_checkpoint(path, {"value": {"n": 1}}),
         lambda path: module.save_checkpoint(path, {"key": KEY, "value": {"n": 1}}),
     ],
-    ids=["empty", "zeros", "pickle", "torch.save", "list", "number", "no key", "old version"],
+    ids=["empty", "zeros", "pickle", "torch.save", "list", "number"]
+    + ["tensor", "no value", "no key", "old version"],
 )
 def test_other_content_under_the_right_name(entry, caplog, write, monkeypatch):
     monkeypatch.chdir(entry.parent)

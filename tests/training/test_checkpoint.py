@@ -1,4 +1,5 @@
 import io
+import json
 import math
 import os
 import pickle
@@ -10,7 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pood_plugins.training.checkpoint import load_checkpoint, replacing, save_checkpoint
+from pood_plugins.training.checkpoint import (
+    load_checkpoint,
+    replacing,
+    save_checkpoint,
+    unpack_state,
+)
 
 numbers = st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans())
 plain = st.one_of(numbers, st.text(), st.none())
@@ -164,3 +170,85 @@ def test_replacing_is_all_or_nothing(tmp_path):
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(path.parent) == ["file"]
+
+
+# what a file or a state may hold
+
+DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+QUANTIZED = {dtype for dtype in DTYPES if str(dtype).startswith("torch.q")}
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES - QUANTIZED, key=str), ids=str)
+def test_every_type_comes_back(dtype, tmp_path):
+    content = torch.arange(32, dtype=torch.uint8) % 2
+    save_checkpoint(tmp_path / "c", content.view(dtype))
+    loaded = load_checkpoint(tmp_path / "c")
+    assert loaded.dtype == dtype and torch.equal(loaded.view(torch.uint8), content)
+
+
+@pytest.mark.parametrize("dtype", sorted(QUANTIZED, key=str), ids=str)
+def test_no_file_makes_a_quantized_tensor(dtype, tmp_path):
+    value = {"tensor": 0, "dtype": str(dtype)[6:], "shape": [4]}
+    state = json.dumps({"format": "pood-plugins checkpoint 1", "state": value})
+    (tmp_path / "c").write_bytes(zip_of(state_json=state, tensor0=bytes(4)))
+    with pytest.raises(ValueError, match="of no type that a checkpoint holds"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_conjugated_tensor(tmp_path):
+    tensor = torch.tensor([1 + 2j, 3 - 1j])
+    save_checkpoint(tmp_path / "c", [tensor.conj(), tensor.conj().imag])
+    conjugated, negated = load_checkpoint(tmp_path / "c")
+    assert conjugated.tolist() == [1 - 2j, 3 + 1j] and negated.tolist() == [-2, 1]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.eye(3).to_sparse(), lambda: torch.empty(3, device="meta")]
+)
+def test_tensors_without_plain_bytes_are_refused(make, tmp_path):
+    save_checkpoint(tmp_path / "c", 1)
+    with pytest.raises(ValueError, match="holds plain tensors, .* make it dense"):
+        save_checkpoint(tmp_path / "c", {"a": make()})
+    assert load_checkpoint(tmp_path / "c") == 1
+
+
+def test_state_that_is_nested_too_deeply(tmp_path):
+    state = []
+    for _ in range(5000):
+        state = [state]
+    with pytest.raises(ValueError, match="nested too deeply: make it flat"):
+        save_checkpoint(tmp_path / "c", state)
+    assert not (tmp_path / "c").exists()
+
+
+def test_small_files_take_little_memory(tmp_path):
+    save_checkpoint(tmp_path / "c", torch.zeros(9))
+    with zipfile.ZipFile(tmp_path / "c") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "c", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="it is compressed"):
+        load_checkpoint(tmp_path / "c")
+
+    described = json.loads(members["state.json"])
+    described["state"] = [described["state"]] * 2
+    members = {"state_json": json.dumps(described), "tensor0": members["tensor0"]}
+    (tmp_path / "c").write_bytes(zip_of(**members))
+    with pytest.raises(ValueError, match="tensor0 is there twice"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_text_of_a_file_is_cut_and_cleaned(tmp_path):
+    state = json.dumps({"format": "\x1b[31m\n" + "x" * 9999, "state": 1})
+    (tmp_path / "c").write_bytes(zip_of(state_json=state))
+    with pytest.raises(ValueError) as caught:
+        load_checkpoint(tmp_path / "c")
+    assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
+    assert "its format is" in str(caught.value) and "start again" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", zip_of(), zip_of(state_json="[1]")])
+def test_damaged_messages(content):
+    with pytest.raises(ValueError, match="what another process sent is damaged"):
+        unpack_state(content)
