@@ -18,9 +18,9 @@ all that is needed to score in one directory, and score with nothing but that di
         print(row.file, row.score, row.decision, row.predicted, row.error)
 
 Images come from a folder with one folder per class, as for torchvision's ``ImageFolder``, or from
-an ``.npz`` with unsigned bytes ``x`` of shape :math:`N \\times H \\times W \\times 3`, or
-:math:`N \\times H \\times W` if grey, and labels ``y``. Of an ``.npz``, an array ``classes`` names
-the classes.
+a file: an ``.npz`` with unsigned bytes ``x`` of shape :math:`N \\times H \\times W \\times 3`, or
+:math:`N \\times H \\times W` if grey, and labels ``y``, or an :mod:`image pack
+<pood_plugins.dataset.packs>`. An array ``classes`` in it names the classes.
 
 .. warning::
 
@@ -103,6 +103,7 @@ if TYPE_CHECKING:
 __all__ = ["Deployed", "Fitted", "Row", "Scored", "find_classes", "fit", "write_scores"]
 
 _Path = str | os.PathLike
+_PACKS = (".npz", ".zip")
 
 
 class Row(NamedTuple):
@@ -155,7 +156,7 @@ class _Images(Dataset):
 
 def find_classes(data: _Path) -> list[str]:
     """
-    :param data: folder with one folder per class, or ``.npz``
+    :param data: folder with one folder per class, ``.npz`` or pack
     :return: names of the classes
     :raises ValueError: if there are no images, or the file is damaged
     """
@@ -164,12 +165,12 @@ def find_classes(data: _Path) -> list[str]:
 
 def _find_labeled(data: _Path) -> tuple[list[_Source], list[str]]:
     """
-    :param data: folder with one folder per class, or ``.npz``
+    :param data: folder with one folder per class, ``.npz`` or pack
     :return: labeled images, and names of the classes
     """
-    if Path(data).suffix == ".npz":
+    if Path(data).suffix in _PACKS:
         arrays = read_pack(data)
-        names = arrays.get("classes", range(arrays["y"].max(initial=-1) + 1))
+        names = arrays.get("classes", range(arrays["y"].astype(np.int64).max(initial=-1) + 1))
         return _of_arrays(data, arrays), [str(name) for name in names]
     by_class = files_by_class(data)
     found = [
@@ -186,12 +187,12 @@ def _find_labeled(data: _Path) -> tuple[list[_Source], list[str]]:
 
 def _find(data: Iterable[_Path]) -> list[_Source]:
     """
-    :param data: image files, folders with images at any depth, and ``.npz``
+    :param data: image files, folders with images at any depth, ``.npz`` and packs
     :return: images in this order
     """
     found = []
     for path in map(Path, data):
-        if path.suffix == ".npz":
+        if path.suffix in _PACKS:
             found += _of_arrays(path, read_pack(path))
             continue
         files = find_images(path) if path.is_dir() else [path]
@@ -302,11 +303,11 @@ class Deployed:
         """
         Score images, one batch after the other.
 
-        :param data: image files, folders with images at any depth, and ``.npz``
+        :param data: image files, folders with images at any depth, ``.npz`` and packs
         :param batch_size: images at once
         :param workers: processes that read images
         :return: rows in this order, also for images that can't be read or scored
-        :raises ValueError: if a folder has no images, or an ``.npz`` is damaged
+        :raises ValueError: if a folder has no images, or a file with images is damaged
         """
         images = _Images(_find(data), self.preprocessing)
         for rows in self._rows(_Batches(images, batch_size, workers, "score")):
@@ -409,12 +410,12 @@ def fit(
     :param model: the classifier
     :param arch: what :func:`~pood_plugins.model.zoo.construct` constructs it from
     :param preprocessing: its preprocessing
-    :param data: labeled ID images, a folder with one folder per class or an ``.npz``
+    :param data: labeled ID images, a folder with one folder per class, an ``.npz`` or a pack
     :param output: directory to write
     :param hyperparameters: arguments for the detector's constructor
     :param calibration: like ``data``, images to calibrate on
     :param holdout: without them, fraction of the images of each class to calibrate on
-    :param outliers: image files, for the threshold: a folder, file or ``.npz``
+    :param outliers: image files, for the threshold: a folder, file, ``.npz`` or pack
     :param tpr: see :func:`~pood_plugins.threshold.calibrate`
     :param fpr: likewise; needs outliers
     :param seed: of the choice of images to hold out

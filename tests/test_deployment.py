@@ -190,7 +190,7 @@ def test_npz(digits, fit_arguments, tmp_path):
     def write(part, name, **more):
         pairs = list(HandwrittenDigits(part, range(6)))
         x = np.stack([(255 * x[0]).byte().numpy() for x, _ in pairs])
-        np.savez(tmp_path / name, x=x, y=np.array([y for _, y in pairs]), **more)
+        np.savez(tmp_path / name, x=x, y=np.array([y for _, y in pairs], np.uint8), **more)
         return tmp_path / name
 
     names = np.array(["zero", "one", "two", "three", "four", "five"])
@@ -201,6 +201,7 @@ def test_npz(digits, fit_arguments, tmp_path):
     assert deployed.classes == names.tolist()
     rows = list(deployed.score([validation]))
     assert rows[0].file == f"{validation}[0]" and rows[0].predicted == "zero"
+    assert deployment.find_classes(write("train", "unnamed.npz")) == list("012345")
     files = list(deployed.score([digits / "validation"]))
     assert sorted(row.score for row in files) == pytest.approx(sorted(row.score for row in rows))
 

@@ -1,8 +1,8 @@
 """
 Detectors ask for parts of a classifier: the features before its last layer, the last layer, the
 feature maps before global pooling, the output of an early stage. :func:`split_model` cuts any
-classifier that ends in an :class:`torch.nn.Linear` into these parts, whether it comes from
-torchvision, timm, pytorch-ood or your own code:
+classifier that ends in an :class:`torch.nn.Linear`, or in a 1×1 convolution that does the same,
+into these parts, whether it comes from torchvision, timm, pytorch-ood or your own code:
 
 .. code-block:: python
 
@@ -35,7 +35,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import count
 from typing import Any, NamedTuple
@@ -64,7 +64,8 @@ def split_model(
     Its weights, buffers, gradients, hooks and modes are afterwards what they were.
 
     :param model: maps inputs to logits of shape :math:`B \\times C`, of which the last step is an
-        :class:`torch.nn.Linear`. From a model wrapped by ``torch.compile``, ``DataParallel`` or
+        :class:`torch.nn.Linear`, or a 1×1 :class:`torch.nn.Conv2d` that at most global average
+        pooling follows. From a model wrapped by ``torch.compile``, ``DataParallel`` or
         ``DistributedDataParallel`` the model inside is taken.
     :param early: name of the module after which :attr:`SplitModel.early` ends, one of
         :attr:`SplitModel.early_names`. Default is the end of the stage before the last.
@@ -130,7 +131,9 @@ class SplitModel(_InModeOf):
 
     #: the classifier that was split
     model: nn.Module
-    #: features to logits: the last linear layer itself
+    #: features to logits: the last linear layer itself. If the network ends in a 1×1 convolution,
+    #: an ``nn.Linear`` that holds this convolution: ``weight`` and ``bias`` are read from it, and
+    #: ``parameters()`` are the convolution's own, with gradients in the shape of a convolution
     head: nn.Linear
     #: inputs to features of shape :math:`B \times D`: everything before the head
     encoder: nn.Module
@@ -178,6 +181,24 @@ class SplitModel(_InModeOf):
         :return: logits of shape :math:`B \\times C`
         """
         return self.head(self.encoder(x))
+
+
+class _ConvolutionHead(nn.Linear):
+    """A 1×1 convolution as linear layer: of its maps, after pooling, it makes what this makes."""
+
+    def __init__(self, convolution: nn.Conv2d):
+        nn.Module.__init__(self)  # nn.Linear's would make parameters
+        self.convolution = convolution
+        self.in_features = convolution.in_channels
+        self.out_features = convolution.out_channels
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.convolution.weight.flatten(1)
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return self.convolution.bias
 
 
 # What a part that begins after a module was given; a context variable, so that threads don't meet.
@@ -234,29 +255,45 @@ class _Reached(Exception):
         self.output = output
 
 
-class _End(nn.Module):
-    """Around the module after which a part ends."""
+class _StandIn(nn.Module):
+    """In the place of a module, which the network may ask for that module's attributes."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, original: nn.Module):
         super().__init__()
+        self.__dict__["original"] = original  # not registered: its parameters may be of no use
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):  # copy and pickle ask for the object's own
+                raise
+            return getattr(self.__dict__["original"], name)
+
+
+class _End(_StandIn):
+    """Around the module after which a part ends, or around its replacement."""
+
+    def __init__(self, original: nn.Module, module: nn.Module):
+        super().__init__(original)
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         raise _Reached(self.module(*args, **kwargs))
 
 
-class _Begin(nn.Module):
+class _Begin(_StandIn):
     """In the place of the module after which a part begins."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return _GIVEN.get().clone()  # the next module may work in place
 
 
-class _Outside(nn.Module):
+class _Outside(_StandIn):
     """In the place of a module that does not belong to a part."""
 
-    def __init__(self, output: Any):
-        super().__init__()
+    def __init__(self, original: nn.Module, output: Any):
+        super().__init__(original)
         self.output = _map_tensors(_shape_of, output)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -321,7 +358,7 @@ def _copy_with(
     for path, module in replacements.items():
         put(path, module)
     if end is not None:
-        put(end, _End(root.get_submodule(end)))
+        put(end, _End(model.get_submodule(end), root.get_submodule(end)))
     return root, [(copy, model.get_submodule(path)) for path, copy in copies.items()]
 
 
@@ -381,8 +418,13 @@ class _Trace:
             output, self.calls = _record(model, source)
 
         self.head_name = self._find_head(output)
-        self.head: Any = model.get_submodule(self.head_name)
-        self.head_call = self.calls[self.head][-1]
+        self.last: Any = model.get_submodule(self.head_name)
+        self.head: Any = self.last
+        self.pooling: list[nn.Module] = []  # of what the head gets, and of what it returns
+        if isinstance(self.last, nn.Conv2d):
+            self.head = _ConvolutionHead(self.last)
+            self.pooling = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        self.head_call = self.calls[self.last][-1]
         self.encoder = self.part(None, None)
         # one row more than was traced, to see that placeholders follow the size of the batch
         self.more_x = torch.cat([x, x[:1]])
@@ -412,9 +454,18 @@ class _Trace:
             raise _refusal(self.model, f"it has several heads ({', '.join(heads)})")
         if heads:
             raise _refusal(self.model, f"it returns something else than its {''.join(heads)} does")
-        if any(isinstance(m, _ConvNd) and m.out_channels == output.shape[1] for m in self.calls):
-            raise _refusal(self.model, "its head is a convolution, not an nn.Linear")
-        raise _refusal(self.model, "its output does not come from an nn.Linear")
+        convolutions = {
+            name: self.calls[module][-1].end
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Conv2d)
+            and module in self.calls
+            and module.weight.shape == (output.shape[1], module.in_channels, 1, 1)
+        }
+        if convolutions:
+            return max(convolutions, key=convolutions.__getitem__)
+        raise _refusal(
+            self.model, "its output comes neither from an nn.Linear nor from a 1×1 convolution"
+        )
 
     def _check_encoder(self) -> Tensor:
         try:
@@ -422,10 +473,20 @@ class _Trace:
         except RuntimeError as error:
             raise _refusal(self.model, f"its head can't be taken off: {error}") from error
         expected = self.model(self.more_x)
+        # What follows the head may be something like ReLU, which leaves positive logits alone.
+        handle = self.last.register_forward_hook(lambda module, args, output: -0.5 * output)
+        try:
+            turned = -2 * self.model(self.more_x)
+        finally:
+            handle.remove()
         # A subclass of nn.Linear may compute something else than its weight and bias tell.
-        for logits in (self.head(features), F.linear(features, self.head.weight, self.head.bias)):
+        linear = F.linear(features, self.head.weight, self.head.bias)
+        for logits in (self.head(features), linear, turned):
             if not _close(logits, expected):
-                raise _refusal(self.model, f"its output is not {self.head_name} of the features")
+                reason = f"its output is not {self.head_name} of the features"
+                if self.pooling:
+                    reason += ", because this convolution is followed by something not linear"
+                raise _refusal(self.model, reason)
         return features
 
     def _is_cut(self, cut: _Call, source: Any) -> bool:
@@ -462,14 +523,16 @@ class _Trace:
                 continue
             calls = self.calls.get(module)
             if calls and (calls[-1].end < begin_time or calls[0].begin > end_time):
-                replacements[name] = _Outside(calls[0].output)
+                replacements[name] = _Outside(module, calls[0].output)
             elif begin and (calls is None or calls[0].begin < begin_time):
                 if "running_mean" in module._buffers:
                     exposed.append(name)
         if begin:
-            replacements[begin] = _Begin()
+            replacements[begin] = _Begin(self.model.get_submodule(begin))
         if end is None:
-            replacements[last] = nn.Identity()
+            replacements[last] = nn.Sequential(*self.pooling)
+        elif end == self.head_name and self.pooling:
+            replacements[last] = nn.Sequential(self.last, *self.pooling)
         inputs = _shape_of(self.x) if begin else None
         return _Part(self.model, replacements, last, inputs, exposed)
 
@@ -545,7 +608,7 @@ class _Trace:
         The modules that a network is a chain of. They are in the container of most of its layers:
         the blocks of layers with weights in it or, if it has none, the layers with weights.
         """
-        layers = {m for m in self.calls if m is not self.head and not list(m.children())}
+        layers = {m for m in self.calls if m is not self.last and not list(m.children())}
         for child in container.children():
             if list(child.children()) and 2 * len(layers & set(child.modules())) > len(layers):
                 return self._stages(child)
@@ -561,7 +624,7 @@ class _Trace:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding. NaN is close to nothing."""
+    """Equal but for rounding, also in bfloat16. NaN is close to nothing."""
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-2 * b.abs().max())
 
 
@@ -584,6 +647,10 @@ def _unwrap(model: Any) -> nn.Module:
         raise _refusal(model, "nothing comes before its head")
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         raise _refusal(model, "it has lazy layers, run it on a batch first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise _refusal(model, "it has parameters on the meta device, load its weights first")
+    if any(".quantized" in type(module).__module__ for module in model.modules()):
+        raise _refusal(model, "it is quantized, split the model it was made from")
     return model
 
 
@@ -591,8 +658,11 @@ def _unwrap(model: Any) -> nn.Module:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules())
     try:
-        yield
+        # compiled sub-modules run as they are written, or hooks would be compiled, too
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

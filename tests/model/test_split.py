@@ -5,11 +5,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_ood.detector import NCI
 from pytorch_ood.model import ResNet18, ResNet50, WideResNet
 from torch import nn
 from torchvision.models import googlenet, resnet18, resnet50, squeezenet1_1
 from torchvision.models.vision_transformer import VisionTransformer
 
+from pood_plugins.detector import GROOD, NERO
 from pood_plugins.model import SplitModel, split_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,6 +91,16 @@ FAMILIES = {
 SMALL = ("mlp", "cnn", "cifar_resnet", "wrn", "vit")
 
 
+def convolution_head(*ending, **settings):
+    """Ends in a 1×1 convolution, by default of pooled maps."""
+    body = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU()]
+    ending = ending or (nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 5, 1, **settings), nn.Flatten())
+    return nn.Sequential(*body, *ending)
+
+
+CONVOLUTION_HEAD = (convolution_head, (3, 32, 32), "3", (8, 28, 28))
+
+
 def randomized(model):
     """Random statistics and heads: a fresh ViT head is zero, fresh BatchNorm does nothing."""
     generator = torch.Generator().manual_seed(1)
@@ -125,6 +137,10 @@ def wrn():
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
 
 
 @torch.no_grad()
@@ -166,6 +182,96 @@ def test_wide_resnet_agrees_with_its_own_methods(wrn):
     assert torch.equal(split.encoder(x), wrn.features(x))
     assert torch.equal(split.feature_maps(x), wrn.feature_maps(x))
     assert torch.equal(split.map_head(split.feature_maps(x)), wrn(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("pooled_before", [True, False])
+def test_convolution_head(bias, pooled_before):
+    convolution = nn.Conv2d(8, 5, 1, bias=bias)
+    pool = nn.AdaptiveAvgPool2d(1)
+    ending = (pool, convolution) if pooled_before else (nn.Dropout(), convolution, pool)
+    model, x = randomized(convolution_head(*ending, nn.Flatten())), random(3, 3, 32, 32)
+    split = split_model(model)
+    head, features, logits = split.head, split.encoder(x), model(x)
+    assert isinstance(head, nn.Linear) and (head.in_features, head.out_features) == (8, 5)
+    assert features.shape == (3, 8) and features.is_contiguous()
+    close(head(features), logits)
+    close(features @ head.weight.T + (head.bias if bias else 0), logits)
+    close(split.late(split.early(x)), features)
+    assert split.feature_maps(x).shape == (3, 8, 28, 28)
+    close(split.map_head(split.feature_maps(x)), logits)
+
+    # it is the convolution: the same parameters, and no others
+    assert list(map(id, head.parameters())) == list(map(id, convolution.parameters()))
+    assert list(split.state_dict()) == [f"model.{key}" for key in model.state_dict()]
+    assert not set(head.parameters()) & set(split.encoder.parameters())
+    split(x).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), gradients):
+        close(gradient, parameter.grad)
+    with torch.no_grad():
+        convolution.weight.mul_(2)
+    close(split(x), model(x))
+    split.double()
+    close(split(x.double()), model(x.double()))
+
+
+def test_convolution_head_copied():
+    split, x = split_model(randomized(convolution_head())), random(3, 3, 32, 32)
+    features, expected = split.encoder(x), split(x)
+    head, twin = copy.deepcopy(split.head), copy.deepcopy(split)
+    assert twin.head.convolution is twin.model[6] and split.head.convolution is split.model[6]
+    with torch.no_grad():
+        split.model[6].weight.zero_()
+    assert torch.equal(head(features), expected) and torch.equal(twin(x), expected)
+    assert "in_features=8, out_features=5" in repr(head)
+
+
+def test_detectors_on_a_convolution_head():
+    split = split_model(randomized(convolution_head()))
+    x = random(200, 3, 32, 32) * torch.linspace(0.1, 4, 200)[:, None, None, None]
+    with torch.no_grad():
+        z, y = split.encoder(x), torch.arange(200) % 5
+        split.head.bias.sub_(split.head(z).mean(0))  # so that several classes are predicted
+    linear = nn.Linear(8, 5)
+    linear.load_state_dict({"weight": split.head.weight, "bias": split.head.bias})
+    for detector in (GROOD, NERO, NCI):
+        scores = [
+            detector(split.encoder, head).fit_features(z, y).predict_features(z)
+            for head in (split.head, linear)
+        ]
+        assert scores[0].std() > 0 and torch.equal(*scores), detector
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        (nn.Conv2d(8, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        (nn.Conv2d(8, 5, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)),
+        (nn.Conv2d(8, 5, 1), nn.AdaptiveMaxPool2d(1)),
+        (nn.Conv2d(8, 5, 1, stride=5), nn.AdaptiveAvgPool2d(1)),
+        (nn.Conv2d(8, 5, 1, padding=3), nn.AdaptiveAvgPool2d(1)),
+    ],
+)
+def test_convolution_heads_that_are_not_linear_in_pooled_maps(ending):
+    model = randomized(convolution_head(*ending, nn.Flatten()))
+    with pytest.raises(ValueError, match="output is not 5 of the features"):
+        split_model(model)
+
+
+@pytest.mark.parametrize("last", [nn.Linear(8, 5), nn.Conv2d(8, 5, 1)])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.Hardtanh(0, 1e9)])
+def test_an_activation_after_the_head_that_is_idle_on_the_example(last, activation):
+    nn.init.constant_(last.bias, 1000.0)
+    pooling = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    ending = [*pooling, last] if isinstance(last, nn.Linear) else [pooling[0], last, pooling[1]]
+    model, x = convolution_head(*ending, activation).eval(), random(3, 3, 32, 32)
+    assert torch.equal(model[:-1](x), model(x))
+    with pytest.raises(ValueError, match="output is not [67] of the features"):
+        split_model(model)
+    assert not last._forward_hooks
 
 
 @torch.no_grad()
@@ -286,13 +392,43 @@ def test_precision_changed_with_functional_layers_on_the_way_to_a_cut():
     assert torch.equal(split.late(split.early(x)), split.encoder(x))
 
 
+@pytest.mark.parametrize("name", [*SMALL, "convolution_head"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_channels_last(wrn):
-    split = split_model(wrn.to(memory_format=torch.channels_last))
-    x = random(2, 3, 32, 32).to(memory_format=torch.channels_last)
+def test_half_precision(name, dtype):
+    make, shape, _, maps = {**FAMILIES, "convolution_head": CONVOLUTION_HEAD}[name]
+    model, x = randomized(make()).to(dtype), random(3, *shape).to(dtype)
+    split = split_model(model)
+    features = split.encoder(x)
+    assert features.dtype == split(x).dtype == dtype
+    assert torch.equal(split.late(split.early(x)), features)
+    if name == "convolution_head":
+        assert relative(split(x), model(x)) < torch.finfo(dtype).eps
+    else:
+        assert torch.equal(split(x), model(x))
+    if maps is not None:
+        assert torch.equal(split.map_head(split.feature_maps(x)), model(x))
+
+
+def test_a_precision_without_kernels_is_refused(wrn):
+    with pytest.raises(ValueError, match="no inputs found.*not implemented for 'Float8"):
+        split_model(wrn.to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("model_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_channels_last(wrn, model_format, input_format):
+    split = split_model(wrn.to(memory_format=model_format))
+    x = random(2, 3, 32, 32).to(memory_format=input_format)
     for part in (split.encoder, split.early, split.feature_maps):
         assert part(x).is_contiguous()
+    assert wrn.block1(wrn.conv1(x)).is_contiguous() == (
+        model_format == input_format == torch.contiguous_format
+    )
+    close(split(x), wrn(x))
     close(split.late(split.early(x)), split.encoder(x))
+    close(split.map_head(split.feature_maps(x)), wrn(x))
 
 
 def test_gradients_pass_through_parts(small):
@@ -505,9 +641,31 @@ def test_compiled_and_wrapped_models_are_unwrapped(wrn):
     compiled = torch.compile(wrn, backend="eager")
     assert split_model(compiled).model is wrn
     assert split_model(nn.DataParallel(wrn)).model is wrn
+    assert split_model(nn.DataParallel(compiled)).model is wrn
+    assert split_model(torch.compile(nn.DataParallel(wrn), backend="eager")).model is wrn
     split = split_model(wrn)
     assert isinstance(split, SplitModel)
     assert split_model(split, "block1").model is wrn
+
+
+def test_attributes_of_modules_that_are_replaced():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.block(self.embed(x.to(self.fc.weight.dtype))) * self.embed.in_features
+            return self.fc(x + self.block.out_features)
+
+    model, x = Asking(), random(3, 4)
+    for name in ("embed", "block"):
+        split = split_model(model, name)
+        assert torch.equal(split.head(split.late(split.early(x))), model(x))
+        assert not {id(p) for p in split.late.parameters()} & {id(model.embed.weight)}
+        twin = copy.deepcopy(split)
+        assert torch.equal(twin.late(twin.early(x)), split.encoder(x))
 
 
 def test_example_chooses_the_input():
@@ -591,10 +749,36 @@ def test_a_head_outside_the_registered_modules_is_refused():
         split_model(Hidden())
 
 
+@torch.no_grad()
+def test_compiled_parts_of_a_model():
+    model, x = mlp().eval(), random(3, 6)
+    expected = model(x)
+    model[0] = torch.compile(model[0], backend="eager")
+    model[2].compile(backend="eager")
+    split = split_model(model, "1", example=x)
+    close(split(x), expected)
+    close(split.head(split.late(split.early(x))), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-def test_torchscript_is_refused():
+@pytest.mark.parametrize("make", [lambda m: torch.jit.trace(m, random(2, 6)), torch.jit.script])
+def test_torchscript_is_refused(make):
     with pytest.raises(ValueError, match="TorchScript"):
-        split_model(torch.jit.trace(mlp().eval(), random(2, 6)))
+        split_model(make(mlp().eval()))
+
+
+# torch.ao's warnings of its own end
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.ao")
+def test_quantized_models_are_refused():
+    quantized = torch.ao.quantization.quantize_dynamic(mlp().eval(), {nn.Linear})
+    with pytest.raises(ValueError, match="it is quantized, split the model it was made from"):
+        split_model(quantized)
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(ValueError, match="meta device, load its weights first"):
+        split_model(mlp().to("meta"))
 
 
 @pytest.mark.parametrize("example", [3, [1.0], torch.tensor(1.0), torch.empty(0, 6)])
