@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from scipy.stats import binomtest
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
@@ -113,9 +114,15 @@ def measure(detector: str, folder: Path) -> dict[str, Any]:
     accepted = {}
     for name in ("test", *OUTLIERS):
         decisions = [r["decision"] for r in rows if Path(r["file"]).is_relative_to(folder / name)]
-        accepted[name] = decisions.count("ID") / len(decisions)
+        found = binomtest(decisions.count("ID"), len(decisions))
+        interval = found.proportion_ci()
+        accepted[name] = {
+            "images": len(decisions),
+            "share": found.statistic,
+            "interval": [interval.low, interval.high],
+        }
     shutil.rmtree(folder / "detector")
-    return {"seconds": seconds, "threshold": threshold, "accepted": accepted, "rows": len(rows)}
+    return {"seconds": seconds, "threshold": threshold, "accepted": accepted}
 
 
 def table(detectors: dict[str, Any]) -> str:
@@ -124,17 +131,22 @@ def table(detectors: dict[str, Any]) -> str:
     lines = ["| detector | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for name, of_detector in detectors.items():
         lower, upper = of_detector["threshold"]["tpr_interval"]
-        shares = " | ".join(f"{100 * share:.1f}" for share in of_detector["accepted"].values())
+        accepted = [f"{100 * part['share']:.1f}" for part in of_detector["accepted"].values()]
+        low, high = of_detector["accepted"]["test"]["interval"]
+        accepted[0] += f" [{100 * low:.1f}, {100 * high:.1f}]"
+        shares = " | ".join(accepted)
         seconds = of_detector["seconds"]
         lines.append(
             f"| {name} | {100 * lower:.1f} to {100 * upper:.1f} | {shares} | {seconds['fit']} | "
             f"{seconds['score']} |"
         )
-    n = next(iter(detectors.values()))["threshold"]["n_id"]
+    first = next(iter(detectors.values()))
     lines.append("")
     lines.append(
-        f"In percent. Thresholds for a TPR of 95 % from {n} images; promised with 95 % "
-        "confidence, each by itself. Seconds of whole commands, most of which are imports."
+        f"In percent. Thresholds for a TPR of 95 % from {first['threshold']['n_id']} images, and "
+        f"what they accept of {first['accepted']['test']['images']} test images; all intervals "
+        "with 95 % confidence, each by itself. Seconds of whole commands, most of which are "
+        "imports."
     )
     return "\n".join(lines)
 

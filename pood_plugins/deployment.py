@@ -263,7 +263,7 @@ class Deployed:
         :raises ImportError: if a plugin can't be imported
         """
         saved = persistence.Saved(path)
-        description = saved.config["classifier"]
+        description = saved.config.get("classifier")
         if description is None:
             raise ValueError(
                 f"{path} holds a detector without its classifier: load it by persistence.load, or "

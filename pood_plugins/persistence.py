@@ -218,7 +218,7 @@ class Saved:
             if config["format"] != _FORMAT:
                 raise _Refusal(
                     f"{path} has the format {config['format'][:80]!r}, and this version of "
-                    f"pood-plugins reads {_FORMAT!r}: install the version that wrote it, or fit "
+                    f"pood-plugins reads {_FORMAT!r}: use the version that wrote it, or fit "
                     "the detector anew"
                 )
             if config != _sealed(config):
@@ -240,10 +240,10 @@ class Saved:
     @property
     def threshold(self) -> Threshold | None:
         """The threshold, None if there is none."""
-        threshold = self.config["threshold"]
-        if threshold is None:
-            return None
         with _reading(self.path):
+            threshold = self.config["threshold"]
+            if threshold is None:
+                return None
             values: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in threshold.items()
@@ -260,7 +260,7 @@ class Saved:
             if known["fingerprint"] != fingerprint(split.model):
                 raise _Refusal(
                     f"{self.path} belongs to other weights, those of {_described(known)}, and "
-                    f"not to this {_described(_of_model(split))}: load the classifier that the "
+                    f"not to this {_described(_of_model(split))}: use the classifier that the "
                     "detector was fitted with, or fit a detector for this one"
                 )
             try:

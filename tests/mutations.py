@@ -55,7 +55,7 @@ if "POOD_FUZZ_TALLY" in os.environ:  # of benchmarks/reliability.py
 
 
 REMEDY = re.compile(
-    r"\b(add|choose|copy|correct|download|give|leave|make|name|remove|rename|replace|save|use)\b",
+    r"\b(add|choose|copy|correct|download|give|install|leave|make|name|remove|rename|replace|save|use)\b",
     re.IGNORECASE,
 )
 

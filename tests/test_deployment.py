@@ -608,10 +608,15 @@ def test_inspect_a_bare_detector(digits, tmp_path, capsys):
 
 def test_table(script):
     threshold = {"tpr_interval": [0.91, 0.974], "n_id": 215}
-    accepted = {"test": 0.95, "near": 0.1, "flower": 0.2, "noise": 0.3}
+    shares = {"test": 0.95, "near": 0.1, "flower": 0.2, "noise": 0.3}
+    accepted = {
+        name: {"images": 7, "share": share, "interval": [share - 0.1, 1]}
+        for name, share in shares.items()
+    }
     record = {"threshold": threshold, "accepted": accepted, "seconds": {"fit": 9, "score": 8}}
-    assert "| GROOD | 91.0 to 97.4 | 95.0 | 10.0 | 20.0 | 30.0 | 9 | 8 |" in script.table(
-        {"GROOD": record}
+    assert (
+        "| GROOD | 91.0 to 97.4 | 95.0 [85.0, 100.0] | 10.0 | 20.0 | 30.0 | 9 | 8 |"
+        in script.table({"GROOD": record})
     )
 
 
