@@ -79,7 +79,7 @@ from torch import Tensor, nn
 from . import registry
 from .model.split import SplitModel
 from .threshold import Threshold
-from .training.checkpoint import reason
+from .training.checkpoint import reason, short
 
 if TYPE_CHECKING:
     from pytorch_ood.api import Detector
@@ -257,6 +257,7 @@ class Saved:
         """
         with _reading(self.path):
             known, saved = self.config["model"], self.config["detector"]
+            of_version = str(saved["version"])
             if known["fingerprint"] != fingerprint(split.model):
                 raise _Refusal(
                     f"{self.path} belongs to other weights, those of {_described(known)}, and "
@@ -267,7 +268,7 @@ class Saved:
                 info = registry.get_info(saved["name"])
             except LookupError as error:
                 raise _Refusal(
-                    f"{self.path} holds the detector {saved['name']}, which is not installed: "
+                    f"{self.path} holds the detector {short(saved['name'])}, which is not installed: "
                     "install the distribution before the colon"
                 ) from error
             device = split.head.weight.device
@@ -276,9 +277,9 @@ class Saved:
             detector = registry.build(info.qualified_name, split, **arguments)
             detector.to(device)
             _restore(detector, self.config["attributes"], tensors)
-        if info.version != saved["version"]:
+        if info.version != of_version:
             warnings.warn(
-                f"{self.path} was saved with {info.origin} {saved['version']}, and this is "
+                f"{self.path} was saved with {info.origin} {short(of_version)}, and this is "
                 f"{info.version}: compare some scores with earlier ones, or fit the detector anew",
                 stacklevel=3,
             )

@@ -128,7 +128,7 @@ def only_raises(
         if error is not None:
             outcome = "unhandled"
             _check_text(str(error), path, remedy)
-            outcome = type(error).__name__
+            outcome = next(kind.__name__ for kind in allowed if isinstance(error, kind))
     except BaseException:
         outcome = "unhandled"
         raise

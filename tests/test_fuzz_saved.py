@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from mutations import (
     REFUSED,
+    TALLY,
     Folder,
     damaged,
     damaged_json,
@@ -292,3 +293,4 @@ def test_the_tests_notice(directory):
     pickle.loads(pickle.dumps(directory.trap))
     with pytest.raises(AssertionError, match="was run"):
         read(directory, "test of the tests")
+    del TALLY["test of the tests"]
