@@ -221,7 +221,7 @@ class Saved:
                     f"pood-plugins reads {_FORMAT!r}: use the version that wrote it, or fit "
                     "the detector anew"
                 )
-            if config != _sealed(config):
+            if config != _sealed(config) or not {_STATE, _MODEL} >= set(config["checksums"]):
                 raise _changed(self.path / _CONFIG)
         #: content of ``config.json``
         self.config: dict[str, Any] = config
@@ -268,8 +268,8 @@ class Saved:
                 info = registry.get_info(saved["name"])
             except LookupError as error:
                 raise _Refusal(
-                    f"{self.path} holds the detector {short(saved['name'])}, which is not installed: "
-                    "install the distribution before the colon"
+                    f"{self.path} holds the detector {short(saved['name'])}, which is not "
+                    "installed: install the distribution before the colon"
                 ) from error
             device = split.head.weight.device
             tensors = self._tensors(_STATE, device)
@@ -304,7 +304,7 @@ class Saved:
 
     def _check(self, file: str) -> None:
         checksum = self.config["checksums"][file]
-        if file not in (_STATE, _MODEL) or _checksum_of_file(self.path / file) != checksum:
+        if _checksum_of_file(self.path / file) != checksum:
             raise _changed(self.path / file)
 
 
@@ -339,7 +339,8 @@ def _of_model(split: SplitModel) -> dict[str, Any]:
 
 
 def _described(model: Mapping[str, Any]) -> str:
-    return f"{model['class']} of {model['features']} features and {model['classes']} classes"
+    kind, features, classes = (short(model[name], 80) for name in ("class", "features", "classes"))
+    return f"{kind} of {features} features and {classes} classes"
 
 
 def _bytes(tensor: Tensor) -> memoryview:
