@@ -15,10 +15,12 @@ The ``pood`` command.
     $ pood fit --arch resnet18 --weights model.pt --size 224 --mean 0.485 0.456 0.406 \\
         --std 0.229 0.224 0.225 --data data/train --detector GROOD --output detector
     $ pood score --detector detector --data incoming --output scores.csv
+    $ pood explain --detector detector --data incoming --output explanations
     $ pood inspect detector
 
 ``pood benchmark`` writes ``results.csv``, ``results.json``, ``results.md``, ``roc.png`` and
-``scores.png`` into the output folder, ``results/NAME`` by default.
+``scores.png`` into the output folder, ``results/NAME`` by default. With ``--html``, it also writes
+``report.html``, see :mod:`pood_plugins.evaluation.html`.
 
 - ``digits`` trains its own classifiers; with ``--train HOW``, they are fine-tuned with the
   benchmark's training outliers first.
@@ -43,7 +45,8 @@ The ways to fine-tune are ``ce`` (cross-entropy, without outliers), ``oe`` (outl
 
 ``pood fit`` fits, calibrates and saves a detector with its classifier, ``pood score`` scores
 images with it, and ``pood inspect`` tells what is in its directory, see
-:mod:`pood_plugins.deployment`.
+:mod:`pood_plugins.deployment`. ``pood explain`` tells why images have their scores, see
+:mod:`pood_plugins.explain`.
 
 Under torchrun, several processes share the work of ``pood benchmark``, see
 :mod:`pood_plugins.distributed`.
@@ -143,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands, common)
     _add_fit(commands, common)
     _add_score(commands, common)
+    _add_explain(commands, common)
     _add_inspect(commands, common)
     return parser
 
@@ -212,6 +216,9 @@ def _add_benchmark(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     benchmark.add_argument(
         "--output", type=Path, metavar="DIR", help="where to write (default: results/NAME)"
+    )
+    benchmark.add_argument(
+        "--html", action="store_true", help="also write report.html, one page for a browser"
     )
     benchmark.set_defaults(run=_benchmark)
 
@@ -335,6 +342,39 @@ def _add_score(commands: Any, common: argparse.ArgumentParser) -> None:
     score.set_defaults(run=_score)
 
 
+def _add_explain(commands: Any, common: argparse.ArgumentParser) -> None:
+    explain = commands.add_parser(
+        "explain", parents=[common, _reading(64)], help="tell why images have their scores"
+    )
+    explain.add_argument(
+        "--detector", type=Path, required=True, metavar="DIR", help="what pood fit wrote"
+    )
+    explain.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="image files, folders and npz",
+    )
+    explain.add_argument("--arch", metavar="NAME", help="needed if it is package.module:name")
+    explain.add_argument(
+        "--most",
+        type=_positive,
+        default=12,
+        metavar="N",
+        help="draw so many of the most outlying images (default: 12)",
+    )
+    explain.add_argument(
+        "--output",
+        type=Path,
+        default=Path("explanations"),
+        metavar="DIR",
+        help="where to write (default: explanations)",
+    )
+    explain.set_defaults(run=_explain)
+
+
 def _add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     inspect = commands.add_parser(
         "inspect", parents=[common], help="tell what a saved detector is, and check its files"
@@ -431,7 +471,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     report = _run_digits(options, detectors) if digits else _run_images(options, detectors)
     if distributed.rank():
         return 0
-    report.save(output)
+    report.save(output, html=options.html)
 
     print(report.to_text())
     print("AUROC and FPR95 in percent, OOD is the positive class; * marks the best of a column.")
@@ -480,7 +520,13 @@ def _run_digits(options: argparse.Namespace, detectors: list[str] | None) -> "Re
     from .evaluation.digits import run_digits
 
     seeds = range(options.seeds or 3)
-    return run_digits(detectors, seeds=seeds, device=options.device, train=options.train)
+    return run_digits(
+        detectors,
+        seeds=seeds,
+        device=options.device,
+        train=options.train,
+        sheets=options.html,
+    )
 
 
 def _run_images(options: argparse.Namespace, detectors: list[str] | None) -> "Report":
@@ -524,6 +570,7 @@ def _run_images(options: argparse.Namespace, detectors: list[str] | None) -> "Re
         device=options.device,
         batch_size=options.batch_size,
         workers=options.workers,
+        sheets=options.html,
     )
 
 
@@ -641,6 +688,26 @@ def _score(options: argparse.Namespace) -> int:
         print(f"{n_scored} images scored, {scored.n_ood} of them OOD.")
     print(f"Scores: {options.output}")
     return _report_errors(scored.errors, "have an error in the place of a score")
+
+
+def _explain(options: argparse.Namespace) -> int:
+    _refuse_several("explain")
+    from .deployment import Deployed
+    from .explain import write_explanations
+
+    explained = write_explanations(
+        Deployed.load(options.detector, options.device, options.arch),
+        options.data,
+        options.output,
+        most=options.most,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
+    print(f"{explained.n_images - len(explained.errors)} images explained.")
+    if explained.without_map:
+        print(f"There are no heat maps: {explained.without_map}")
+    print(f"Table and {len(explained.sheets)} pages: {options.output}")
+    return _report_errors(explained.errors, "could not be explained")
 
 
 def _report_errors(errors: Mapping[str, str], consequence: str) -> int:

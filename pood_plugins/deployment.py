@@ -104,6 +104,8 @@ __all__ = ["Deployed", "Fitted", "Row", "Scored", "find_classes", "fit", "write_
 
 _Path = str | os.PathLike
 _PACKS = (".npz", ".zip")
+#: names of images that are saved with a detector, for explanations
+_MOST_NAMES = 200_000
 
 
 class Row(NamedTuple):
@@ -215,6 +217,7 @@ class _Batches:
         self.batch_size, self.workers = batch_size, workers
         self.description = description
         self.unreadable: dict[str, str] = {}
+        self.readable: list[str] = []  # of the last pass
 
     def items(self) -> Iterator[list[_Item]]:
         loader = DataLoader(
@@ -227,9 +230,11 @@ class _Batches:
                 progress.update(len(items))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.readable = []
         for items in self.items():
             self.unreadable.update({i.name: i.error for i in items if i.error is not None})
             readable = [item for item in items if item.image is not None]
+            self.readable += [item.name for item in readable]
             if readable:
                 labels = torch.tensor([item.label for item in readable])
                 yield torch.stack([item.image for item in readable]), labels  # type: ignore[misc]
@@ -247,6 +252,7 @@ class Deployed:
     classes: list[str]  #: names of the classifier's columns
     preprocessing: Preprocessing  #: what is done to an image before
     identity: str = ""  #: checksum of all this
+    fit_on: list[str] | None = None  #: names of the images that the detector was fitted on
 
     @classmethod
     def load(
@@ -274,6 +280,8 @@ class Deployed:
             if not isinstance(made_for, str) or len(made_for) > 1000:
                 raise ValueError("its architecture has no name")
             preprocessing = Preprocessing.of_json(description["preprocessing"])
+            names = description.get("fit_on")
+            fit_on = None if names is None else list(map(str, names))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} describes no classifier ({reason(error)}): fit the detector anew"
@@ -295,6 +303,7 @@ class Deployed:
             classes,
             preprocessing,
             saved.config["checksum"],
+            fit_on,
         )
 
     def score(
@@ -466,6 +475,7 @@ def fit(
             "arch": arch,
             "classes": classes,
             "preprocessing": preprocessing.to_json(),
+            "fit_on": fitting.readable if len(fitting.readable) <= _MOST_NAMES else None,
         },
     )
     unreadable = {**fitting.unreadable, **calibrating.unreadable, **rejecting.unreadable}

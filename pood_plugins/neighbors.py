@@ -1,5 +1,5 @@
 """
-Exact nearest neighbors in torch: Euclidean distances to the :math:`k`-th nearest row of a bank, on
+Exact nearest neighbors in torch: the :math:`k` nearest rows of a bank by Euclidean distance, on
 the CPU or a GPU, in memory that does not depend on the number of queries.
 
 How it stays exact
@@ -36,6 +36,8 @@ each decision would have to wait for it.
 
 ..  autofunction:: pood_plugins.neighbors.kth_distance
 
+..  autofunction:: pood_plugins.neighbors.nearest_rows
+
 ..  autoclass:: pood_plugins.neighbors.ScaledRows
     :members:
 """
@@ -47,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ScaledRows", "kth_distance"]
+__all__ = ["ScaledRows", "kth_distance", "nearest_rows"]
 
 #: queries in a matrix product, and rows of the bank: on a CPU, it stays in the cache
 _QUERIES, _ROWS, _ROWS_GPU = 1408, 1024, 16384
@@ -123,10 +125,30 @@ def kth_distance(
     :raises ValueError: if shapes do not fit, ``k`` or ``batch_size`` is out of range, or queries
         or bank contain NaN or infinite values
     """
+    return nearest_rows(query, bank, k, batch_size, transform)[0][:, -1].contiguous()
+
+
+def nearest_rows(
+    query: Tensor,
+    bank: Union[Tensor, ScaledRows],
+    k: int = 1,
+    batch_size: int = 16384,
+    transform: Optional[Callable[[Tensor], Tensor]] = None,
+) -> Tuple[Tensor, Tensor]:
+    """
+    The :math:`k` nearest rows of each query, as :func:`kth_distance` finds them. Which of several
+    rows at the same distance are taken is arbitrary.
+
+    :param query: see :func:`kth_distance`, like the other arguments
+    :return: Euclidean distances, ascending, and positions of the rows in the bank, both of shape
+        :math:`B \\times k`
+    :raises ValueError: as :func:`kth_distance`
+    """
     _check(query, bank, k, batch_size, transform)
     prepare = transform or (lambda x: x)
-    distance = query.new_empty(query.shape[0], dtype=torch.float64)
-    finite = torch.ones_like(distance, dtype=torch.bool)
+    distance = query.new_empty(query.shape[0], k, dtype=torch.float64)
+    found = torch.empty_like(distance, dtype=torch.long)
+    finite = torch.ones_like(distance[:, 0], dtype=torch.bool)
     pending = torch.arange(query.shape[0], device=query.device)
 
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
@@ -142,7 +164,7 @@ def kth_distance(
                 x = query[rows]
                 finite[rows] = torch.isfinite(x).all(dim=1)
                 x = torch.cat([prepare(part) for part in x.split(_QUERIES)])
-                distance[rows], chunk[:] = _nearest(x, bank, order, norms, k, dtype)
+                distance[rows], found[rows], chunk[:] = _nearest(x, bank, order, norms, k, dtype)
 
             # the only device-to-host read: which rows are broken, which need another scan
             state = torch.stack([finite[pending], certain, bank_finite.expand_as(certain)]).cpu()
@@ -162,9 +184,9 @@ def kth_distance(
             pending = pending[(~state[1]).nonzero()[:, 0].to(pending.device)]
         else:
             for rows in pending.split(_QUERIES):
-                distance[rows] = _by_differences(prepare(query[rows]), bank, k)
+                distance[rows], found[rows] = _by_differences(prepare(query[rows]), bank, k)
 
-    return distance if query.dtype == torch.float64 else distance.float()
+    return distance if query.dtype == torch.float64 else distance.float(), found
 
 
 def _check(
@@ -220,11 +242,12 @@ def _nearest(
     norms: Tensor,
     k: int,
     dtype: torch.dtype,
-) -> Tuple[Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor]:
     """
     :param order: rows of the bank by ascending norm
     :param norms: in this order
-    :return: distances of shape :math:`B` and whether each is certainly the :math:`k`-th smallest
+    :return: distances and rows of shape :math:`B \\times k`, and whether these are certainly the
+        nearest, of shape :math:`B`
     """
     rows, dimension = bank.shape
     norm, by_norm = torch.cat([_norm(x) for x in query.split(_QUERIES)]).sort()
@@ -248,20 +271,22 @@ def _nearest(
     largest = math.sqrt(torch.finfo(dtype).max / 8)
     no_overflow = (norm < largest) & (norms[-1] < largest)
 
-    def rerank(chosen: Tensor, keep: int) -> Tuple[Tensor, Tensor]:
+    def rerank(chosen: Tensor, keep: int) -> Tuple[Tensor, Tensor, Tensor]:
         """Among so many groups: the next one tells whether these were enough."""
-        kth = _rerank(query[chosen], bank, order, scan.candidates(chosen, keep), k)
+        candidates = scan.candidates(chosen, keep)
+        distance, found = _rerank(query[chosen], bank, order, candidates, k)
+        kth = distance[:, -1]
         lower = norm[chosen].square() - scan.best[chosen, keep].double()
         lower -= (dimension + 8) * torch.finfo(dtype).tiny
         enough = no_overflow[chosen] & (kth.square() * (1 - _SLACK) <= lower)
-        return kth, (kth == 0) | enough
+        return distance, found, (kth == 0) | enough
 
-    distance, certain = rerank(scan.queries, k if scan.skips else k + _EXTRA_GROUPS - 1)
+    distance, found, certain = rerank(scan.queries, k if scan.skips else k + _EXTRA_GROUPS - 1)
     if scan.skips and not certain.all():
         again = (~certain).nonzero()[:, 0]
-        distance[again], certain[again] = rerank(again, k + _EXTRA_GROUPS - 1)
+        distance[again], found[again], certain[again] = rerank(again, k + _EXTRA_GROUPS - 1)
     back = by_norm.argsort()
-    return distance[back], certain[back]
+    return distance[back], found[back], certain[back]
 
 
 class _Scan:
@@ -381,34 +406,42 @@ class _Scan:
 
 def _rerank(
     query: Tensor, bank: Union[Tensor, ScaledRows], order: Tensor, candidates: Tensor, k: int
-) -> Tensor:
+) -> Tuple[Tensor, Tensor]:
     """
-    :return: distances of shape :math:`B`, float64, to the :math:`k`-th nearest candidate.
-        Candidates beyond the end of the bank are padding.
+    :return: distances, float64, and rows of the :math:`k` nearest candidates, both of shape
+        :math:`B \\times k`. Candidates beyond the end of the bank are padding.
     """
     rows, dimension = bank.shape
     step = max(1, _DIFFERENCES // (candidates.shape[1] * dimension))
-    kth = []
+    distances, found = [], []
     for q, index in zip(query.split(step), candidates.split(step)):
-        b = bank[order[index.clamp(max=rows - 1)].flatten()].view(*index.shape, dimension)
+        in_bank = order[index.clamp(max=rows - 1)]
+        b = bank[in_bank.flatten()].view(*index.shape, dimension)
         # a difference of two float32 numbers is rounded once, and that is good enough
         dtype = torch.promote_types(torch.promote_types(b.dtype, q.dtype), torch.float32)
         difference = b.to(dtype) - q[:, None].to(dtype)
         distance = _norm(difference).masked_fill_(index >= rows, float("inf"))
-        kth.append(distance.topk(k, dim=1, largest=False).values[:, -1])
-    return torch.cat(kth)
+        nearest = distance.topk(k, dim=1, largest=False)
+        distances.append(nearest.values)
+        found.append(in_bank.gather(1, nearest.indices))
+    return torch.cat(distances), torch.cat(found)
 
 
-def _by_differences(query: Tensor, bank: Union[Tensor, ScaledRows], k: int) -> Tensor:
+def _by_differences(
+    query: Tensor, bank: Union[Tensor, ScaledRows], k: int
+) -> Tuple[Tensor, Tensor]:
     """
-    :return: distances of shape :math:`B`, float64, to the :math:`k`-th nearest row, by differences
-        alone
+    :return: distances, float64, and rows of the :math:`k` nearest rows, both of shape
+        :math:`B \\times k`, by differences alone
     """
     query = query.double()
-    nearest = query.new_empty(query.shape[0], 0)
+    distances = query.new_empty(query.shape[0], 0)
+    found = torch.empty_like(distances, dtype=torch.long)
     for start in range(0, bank.shape[0], _ROWS):
         b = bank[start : start + _ROWS].double()
         distance = torch.cdist(query, b, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = torch.cat([nearest, distance], dim=1)
-        nearest = nearest.topk(min(k, nearest.shape[1]), dim=1, largest=False).values
-    return nearest[:, -1]
+        rows = torch.arange(start, start + len(b), device=query.device).expand_as(distance)
+        distances, found = torch.cat([distances, distance], 1), torch.cat([found, rows], 1)
+        distances, index = distances.topk(min(k, distances.shape[1]), dim=1, largest=False)
+        found = found.gather(1, index)
+    return distances, found

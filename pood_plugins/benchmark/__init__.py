@@ -3,6 +3,7 @@ Benchmarks with the interface of pytorch-ood's.
 """
 
 from .digits import Digits
+from .endoscopy import GastroVisionBenchmark, KvasirV2Benchmark
 from .folder import FolderBenchmark
 from .openood import (
     PackedCIFAR10,
@@ -16,6 +17,8 @@ from .openood import (
 __all__ = [
     "Digits",
     "FolderBenchmark",
+    "GastroVisionBenchmark",
+    "KvasirV2Benchmark",
     "PackedCIFAR10",
     "PartialCIFAR10",
     "PartialCIFAR100",

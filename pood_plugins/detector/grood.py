@@ -50,6 +50,8 @@ implementation does the following:
     :inherited-members:
     :show-inheritance:
 
+..  autoclass:: pood_plugins.detector.grood.Explanation
+
 ..  autofunction:: pood_plugins.detector.grood_gradients
 
 ..  autofunction:: pood_plugins.detector.mixup_prototype
@@ -60,6 +62,7 @@ implementation does the following:
 import logging
 import math
 import warnings
+from dataclasses import dataclass
 from typing import (
     Any,
     Callable,
@@ -90,7 +93,7 @@ from torch.nn import Module
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
-from ..neighbors import ScaledRows, kth_distance
+from ..neighbors import ScaledRows, kth_distance, nearest_rows
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +163,28 @@ def _gradients(z: Tensor, ood_prototype: Tensor, probability: Tensor, distance: 
     tiny = torch.finfo(torch.float64).tiny
     factor = probability / distance.clamp(min=tiny)
     return (z.double() - ood_prototype.double()).mul_(factor[:, None])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """
+    Why :class:`GROOD` gave its scores to B samples.
+    """
+
+    #: scores of shape :math:`B`, those of :meth:`GROOD.predict`
+    score: Tensor
+    #: id of the class whose prototype is nearest, of shape :math:`B`
+    nearest_class: Tensor
+    #: feature distances to the class prototypes, of shape :math:`B \times C`
+    distances: Tensor
+    #: softmax probability of the OOD prototype, which is the norm of the gradient, of shape
+    #: :math:`B`
+    probability: Tensor
+    #: training samples with the nearest gradients, nearest first: their positions in the fitted
+    #: data, of shape :math:`B \times n`
+    neighbors: Tensor
+    #: distances to their gradients, of shape :math:`B \times n`; the score is the ``k``-th
+    neighbor_distances: Tensor
 
 
 class GROOD(FeaturesDetector):
@@ -281,6 +306,8 @@ class GROOD(FeaturesDetector):
         self.bank_: Optional[Tensor] = None
         #: factors of these directions, of shape :math:`M`; None with ``torch.float32``
         self.bank_lengths_: Optional[Tensor] = None
+        #: position of each row of the bank in the fitted data, of shape :math:`M`
+        self.bank_indices_: Optional[Tensor] = None
         #: class ids of the prototypes, ascending
         self.classes_: Optional[List[int]] = None
         #: temperature of the fit, of no dimension: what ``"auto"`` came to
@@ -488,6 +515,7 @@ class GROOD(FeaturesDetector):
                 f"({_shorten(missing)}). These classes get no prototype."
             )
         self.bank_, self.bank_lengths_ = bank, lengths
+        self.bank_indices_ = rows.to(device)
         self.prototypes_ = prototypes
         self.ood_prototype_ = ood_prototype
         self.classes_ = classes.tolist()
@@ -616,6 +644,63 @@ class GROOD(FeaturesDetector):
         z = z.detach().to(bank.device).float()
         k = _count("k", self.k, len(bank))
         return kth_distance(z, rows, k, batch_size, transform=gradients)
+
+    def explain(self, x: Tensor, n_neighbors: int = 5) -> Explanation:
+        """
+        :param x: inputs, passed through the encoder as it is (call ``model.eval()`` before)
+        :param n_neighbors: see :meth:`explain_features`
+        :return: why these inputs have their scores
+        :raises ModelNotSetException: if the detector has no encoder
+        :raises RequiresFittingException: if the detector was not fitted
+        :raises ValueError: as in :meth:`explain_features`
+        """
+        if self.encoder is None:
+            raise ModelNotSetException(
+                "explain() needs an encoder. Pass one, or use explain_features()."
+            )
+        self._fitted_state()
+        _check_inputs(x)
+        return self.explain_features(_encode(self.encoder, x, self.device), n_neighbors)
+
+    @torch.no_grad()
+    def explain_features(
+        self, z: Tensor, n_neighbors: int = 5, batch_size: int = 16384
+    ) -> Explanation:
+        """
+        :param z: features of shape :math:`B \\times D`
+        :param n_neighbors: number of training samples to name, at most those of the bank
+        :param batch_size: number of samples processed at once; lower it to reduce peak memory
+        :return: why these features have their scores
+        :raises RequiresFittingException: as in :meth:`predict_features`
+        :raises ValueError: likewise, or if ``n_neighbors`` is below 1
+        """
+        prototypes, ood_prototype, bank, temperature = self._fitted_state()
+        indices = self.bank_indices_
+        if indices is None:  # of a fit before there were explanations
+            raise RequiresFittingException()
+        self._check_hyperparameters()
+        _check_features(z, bank.shape[1])
+        lengths = self.bank_lengths_
+        rows = bank if lengths is None else ScaledRows(bank, lengths)
+        k = _count("k", self.k, len(bank))
+        n = min(_count("n_neighbors", n_neighbors, len(bank)), len(bank))
+        z = z.detach().to(bank.device).float()
+
+        def gradients(chunk: Tensor) -> Tensor:
+            return grood_gradients(chunk, prototypes, ood_prototype, temperature)
+
+        distances, found = nearest_rows(z, rows, max(k, n), batch_size, transform=gradients)
+        probability, _ = _probability(z, prototypes, ood_prototype, temperature)
+        to_prototypes = torch.cdist(z, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
+        classes = torch.tensor(self.classes_, device=z.device)
+        return Explanation(
+            score=distances[:, k - 1].contiguous(),
+            nearest_class=classes[to_prototypes.argmin(dim=1)],
+            distances=to_prototypes,
+            probability=probability.float(),
+            neighbors=indices[found[:, :n]],
+            neighbor_distances=distances[:, :n].contiguous(),
+        )
 
     def __repr__(self) -> str:
         source = "tensor" if isinstance(self.ood_prototype, Tensor) else self.ood_prototype

@@ -26,13 +26,17 @@ of the paper that we know. The differences are:
     :inherited-members:
     :show-inheritance:
 
+..  autoclass:: pood_plugins.detector.nero.Explanation
+
 ..  autofunction:: pood_plugins.detector.nero_relevance
 """
 
 import logging
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, Union
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from pytorch_ood.api import (
     DetectorInfo,
     FeaturesDetector,
@@ -43,7 +47,7 @@ from pytorch_ood.api import (
 )
 from pytorch_ood.utils.utils import _check_fraction
 from torch import Tensor
-from torch.nn import Linear
+from torch.nn import Linear, Module
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
@@ -80,11 +84,49 @@ def nero_relevance(
     :return: relevance of shape :math:`B \\times D` and bias relevance of shape :math:`B`, in the
         dtype of ``z``
     """
+    slope, bias_relevance = _slope(z, weight, bias, eps)
+    return slope.mul_(z), bias_relevance
+
+
+def _slope(z: Tensor, weight: Tensor, bias: Optional[Tensor], eps: float) -> Tuple[Tensor, Tensor]:
+    """Relevance per unit of each feature, and bias relevance."""
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     logits = z @ weight.T + bias
     sign = torch.where(logits < 0, -1.0, 1.0).to(logits.dtype)
     coefficient = logits.softmax(dim=1) / (sign * (logits.abs() + eps).clamp(min=_LOGIT_FLOOR))
-    return (coefficient @ weight).mul_(z), coefficient @ bias
+    return coefficient @ weight, coefficient @ bias
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """
+    Why :class:`NERO` gave its scores to B samples: ``score == (distance + bias) * feature_ratio``.
+    """
+
+    #: scores of shape :math:`B`, those of :meth:`NERO.predict`
+    score: Tensor
+    #: id of the class with the nearest mean relevance, of shape :math:`B`
+    nearest_class: Tensor
+    #: distances to the mean relevance of the classes in the principal components, of shape
+    #: :math:`B \times C`
+    distances: Tensor
+    #: the smallest of them, of shape :math:`B`
+    distance: Tensor
+    #: scaled magnitude of the bias relevance, of shape :math:`B`
+    bias: Tensor
+    #: share of the neurons of lowest relevance in the features, of shape :math:`B`
+    feature_ratio: Tensor
+    #: relevance of each neuron, of shape :math:`B \times D`
+    relevance: Tensor
+    #: relevance minus the mean relevance of the nearest class, of shape :math:`B \times D`. It
+    #: explains the distance, but is no summand of it, as distances are those of the components.
+    deviation: Tensor
+    #: neurons with the largest deviation, of whatever sign, largest first, of shape
+    #: :math:`B \times n`
+    top_neurons: Tensor
+    #: where in the input the relevance of the top neurons comes from, of shape
+    #: :math:`B \times H \times W`; its sum is their relevance. None without feature maps.
+    heat_map: Optional[Tensor]
 
 
 class NERO(FeaturesDetector):
@@ -343,28 +385,122 @@ class NERO(FeaturesDetector):
         _raise_if_not_sound(all(sound))
         return scores.clamp(max=torch.finfo(torch.float32).max).float()
 
+    def explain(
+        self, x: Tensor, layer: Optional[Module] = None, n_neurons: int = 10
+    ) -> Explanation:
+        """
+        :param x: inputs, passed through the encoder as it is (call ``model.eval()`` before)
+        :param layer: module of the network whose output are feature maps with one map for each
+            feature, which is their mean, such as the last stage of a ResNet. With it, there is a
+            heat map of the size of the inputs.
+        :param n_neurons: see :meth:`explain_features`
+        :return: why these inputs have their scores
+        :raises ModelNotSetException: if the detector has no encoder
+        :raises RequiresFittingException: if the detector was not fitted
+        :raises ValueError: as in :meth:`explain_features`, or if the features are not the means of
+            the maps of ``layer``
+        """
+        if self.encoder is None:
+            raise ModelNotSetException(
+                "explain() needs an encoder. Pass one, or use explain_features()."
+            )
+        self._fitted_state()
+        _check_inputs(x)
+        if layer is None:
+            return self.explain_features(_encode(self.encoder, x, self.device), n_neurons)
+        outputs: List[Any] = []
+        handle = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            z = _encode(self.encoder, x, self.device)
+        finally:
+            handle.remove()
+        _check_features(z, self.head.in_features)
+        _check_maps(outputs, z)
+        return self._explain(z, n_neurons, 512, outputs[0].detach(), tuple(x.shape[2:]))
+
+    def explain_features(
+        self, z: Tensor, n_neurons: int = 10, batch_size: int = 512
+    ) -> Explanation:
+        """
+        :param z: features of shape :math:`B \\times D`
+        :param n_neurons: number of top neurons, at most :math:`D`
+        :param batch_size: number of samples processed at once; lower it to reduce peak memory
+        :return: why these features have their scores, without a heat map
+        :raises RequiresFittingException: as in :meth:`predict_features`
+        :raises ValueError: likewise, or if ``n_neurons`` is below 1
+        """
+        return self._explain(z, n_neurons, batch_size, None, None)
+
+    @torch.no_grad()
+    def _explain(
+        self,
+        z: Tensor,
+        n_neurons: int,
+        batch_size: int,
+        maps: Optional[Tensor],
+        size: Optional[Tuple[int, ...]],
+    ) -> Explanation:
+        score = self.predict_features(z, batch_size)
+        z = z.detach().to(score.device).float()
+        n = _count("n_neurons", n_neurons, z.shape[1])
+        parts = [self._explain_chunk(chunk, n) for chunk in z.split(batch_size)]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        slope = joined.pop("slope")
+        heat_map = None
+        if maps is not None and size is not None:
+            heat_map = _heat_map(maps, slope, joined["top_neurons"], size)
+        return Explanation(score=score, heat_map=heat_map, **joined)
+
+    def _explain_chunk(self, z: Tensor, n: int) -> Dict[str, Tensor]:
+        weight, bias = self._head(z.device)
+        slope, _ = _slope(z.double(), weight, bias, self.eps)
+        relevance, distances, scaled_bias, ratio = self._parts(z)
+        distance, nearest = distances.min(dim=1)
+        assert self.centroids_ is not None and self.classes_ is not None
+        deviation = relevance - self.centroids_[nearest]
+        return {
+            "nearest_class": torch.tensor(self.classes_, device=z.device)[nearest],
+            "distances": distances.float(),
+            "distance": distance.float(),
+            "bias": scaled_bias.float(),
+            "feature_ratio": ratio.float(),
+            "relevance": relevance.float(),
+            "deviation": deviation.float(),
+            "top_neurons": deviation.abs().topk(n, dim=1).indices,
+            "slope": slope,
+        }
+
     def __repr__(self) -> str:
         return f"NERO(n_components={self.n_components:.4g}, n_neurons={self.n_neurons:.4g})"
 
     def _relevance(self, z: Tensor) -> Tuple[Tensor, Tensor]:
-        # the network may have been moved since the fit
-        weight, bias = (
-            None if parameter is None else parameter.to(z.device, torch.float64)
-            for parameter in (self.head.weight, self.head.bias)
-        )
+        weight, bias = self._head(z.device)
         return nero_relevance(z.double(), weight, bias, self.eps)
 
+    def _head(self, device: torch.device) -> Tuple[Tensor, Optional[Tensor]]:
+        # the network may have been moved since the fit
+        bias = self.head.bias
+        return (
+            self.head.weight.to(device, torch.float64),
+            None if bias is None else bias.to(device, torch.float64),
+        )
+
     def _score(self, z: Tensor) -> Tensor:
+        _, distances, bias, ratio = self._parts(z)
+        return (distances.amin(dim=1) + bias) * ratio
+
+    def _parts(self, z: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Relevance, distances to the classes, scaled bias relevance and feature ratio."""
         components, projected_centroids, bias_scale = self._fitted_state()
         relevance, bias_relevance = self._relevance(z)
-        distance = torch.cdist(relevance @ components, projected_centroids, p=1).amin(dim=1)
+        distances = torch.cdist(relevance @ components, projected_centroids, p=1)
 
         n_neurons = _count("n_neurons", self.n_neurons, z.shape[1])
         lowest = relevance.topk(n_neurons, dim=1, largest=False, sorted=False).indices
         magnitude = z.double().abs()
         ratio = magnitude.gather(1, lowest).sum(dim=1) / magnitude.sum(dim=1)
         ratio = ratio.nan_to_num(n_neurons / z.shape[1])  # 0 / 0: no neuron is active
-        return (distance + bias_scale * bias_relevance.abs()) * ratio
+        return relevance, distances, bias_scale * bias_relevance.abs(), ratio
 
     def _fitted_state(self) -> Tuple[Tensor, Tensor, Tensor]:
         components, centroids, scale = (
@@ -471,6 +607,55 @@ def _check_labels(labels: Tensor, z: Tensor) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"Labels must be integers, got {labels.dtype}. Use labels.long().")
     return labels.detach().long()
+
+
+def _check_maps(outputs: List[Any], z: Tensor) -> None:
+    """Whether the output of a layer are maps whose means are the features."""
+    if len(outputs) != 1:
+        raise ValueError(
+            f"The layer for the heat map must run once, but ran {len(outputs)} times. Pass a "
+            "module of the encoder's network."
+        )
+    (maps,) = outputs
+    if not (isinstance(maps, Tensor) and maps.dim() == 4 and maps.shape[:2] == z.shape):
+        got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        raise ValueError(
+            f"The layer for the heat map must return maps of shape B x {z.shape[1]} x H x W, one "
+            f"for each feature, got {got}. Pass the module before global average pooling."
+        )
+    difference = (maps.mean(dim=(2, 3)) - z).abs().amax()
+    if not bool(difference <= 1e-2 * z.abs().amax()):
+        raise ValueError(
+            "The features are not the means of the maps of this layer, so relevance can't be "
+            "shared among positions. Pass the module before global average pooling, or explain "
+            "without a layer."
+        )
+
+
+def _heat_map(maps: Tensor, slope: Tensor, neurons: Tensor, size: Tuple[int, ...]) -> Tensor:
+    """
+    Relevance of some neurons for each position, of the size of the inputs.
+
+    :param maps: feature maps of shape :math:`B \\times D \\times h \\times w`
+    :param slope: relevance per unit of each feature, of shape :math:`B \\times D`
+    :param neurons: which to add up, of shape :math:`B \\times n`
+    :param size: height and width
+    """
+    height, width = maps.shape[2:]
+    chosen = maps.double().flatten(2).gather(1, neurons[:, :, None].expand(-1, -1, height * width))
+    heat = torch.einsum("bnp,bn->bp", chosen, slope.gather(1, neurons)) / (height * width)
+    spread = [_spread(n, large, heat) for n, large in zip((height, width), size)]
+    return (spread[0] @ heat.view(-1, height, width) @ spread[1].T).float()
+
+
+def _spread(n: int, large: int, like: Tensor) -> Tensor:
+    """
+    Bilinear interpolation along one axis as a matrix, of which each column adds up to 1, so that
+    what is spread keeps its sum.
+    """
+    eye = torch.eye(n, dtype=like.dtype, device=like.device)[None]
+    matrix = F.interpolate(eye, large, mode="linear", align_corners=False)[0].T
+    return matrix / matrix.sum(dim=0)
 
 
 def _finite(z: Tensor) -> Tensor:

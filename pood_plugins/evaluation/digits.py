@@ -21,11 +21,13 @@ from pytorch_ood.api import Detector
 from tqdm import tqdm
 
 from ..benchmark.digits import Digits, finetune_classifier, train_classifier
+from ..model.preprocessing import Preprocessing
 from ..model.split import SplitModel, split_model
 from ..training.variants import DISPLAY_NAMES
 from .report import Report
 from .rows import RowBuilder
 from .runner import run
+from .sheets import explanation_sheets
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def run_digits(
     seeds: Sequence[int] = (0, 1, 2),
     device: str | torch.device = "cpu",
     train: str | None = None,
+    sheets: bool = False,
 ) -> Report:
     """
     :param detectors: rows of the table: names of the registry, and GROOD with each source of its
@@ -66,6 +69,7 @@ def run_digits(
     :param device: where to compute
     :param train: way to fine-tune the classifiers of all rows that do not name one: ``ce``,
         ``oe``, ``energy``, ``greg`` or ``greg+``. Default is not to.
+    :param sheets: whether to explain some images, of the first seed, for the HTML report
     :return: report of the means over the seeds
     :raises LookupError: if a name is unknown
     :raises ValueError: if there is no seed, or a detector cannot be built from a classifier alone
@@ -74,7 +78,7 @@ def run_digits(
         raise ValueError("No seeds to train with. Pass at least one.")
     start = time.perf_counter()
     benchmark = Digits()
-    reports = []
+    reports, pages = [], []
     for seed in tqdm(seeds, desc="seeds", disable=None):
         classifiers = _Classifiers(benchmark, seed, device)
         if detectors is not None and list(detectors) == ["all"]:
@@ -87,6 +91,9 @@ def run_digits(
                 names = [n for n in DEFAULT_DETECTORS if train is None or _ARROW not in n]
             built = dict(_build_row(name, classifiers, train) for name in names)
         reports.append(run(benchmark, built, device=device, loader_kwargs=_LOADER))
+        if sheets and len(reports) == 1:
+            known = Preprocessing(8, (0.0,), (1.0,), channels=1)
+            pages = explanation_sheets(reports[0], benchmark, built, known)
     metadata = {
         "benchmark": "digits",
         "train": train,
@@ -94,7 +101,9 @@ def run_digits(
         "device": str(device),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    return Report.combine(reports, metadata)
+    report = Report.combine(reports, metadata)
+    report.sheets = pages
+    return report
 
 
 class _Classifiers:

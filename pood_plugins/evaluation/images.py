@@ -34,6 +34,7 @@ from ..model.zoo import load_classifier
 from .report import Report
 from .rows import SLOW, RowBuilder
 from .runner import run
+from .sheets import explanation_sheets
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def run_images(
     device: str | torch.device = "cpu",
     batch_size: int = 256,
     workers: int = 0,
+    sheets: bool = False,
 ) -> Report:
     """
     :param name: ``cifar10-openood``, ``cifar100-openood``, ``imagenet200-openood``,
@@ -79,6 +81,7 @@ def run_images(
     :param device: where to compute
     :param batch_size: images per batch
     :param workers: processes that read images
+    :param sheets: whether to explain some images, for the HTML report
     :return: report, with intervals, which of several processes only the first computes
     :raises LookupError: if a name is unknown
     :raises ValueError: if data, weights or preprocessing are missing or don't fit
@@ -105,6 +108,9 @@ def run_images(
 
     if num_classes is None and known == "folder":
         num_classes = make(None).num_classes  # type: ignore[attr-defined]
+    elif num_classes is None and known not in OPENOOD_CLASSES:
+        found = getattr(registry.load(name, "benchmark"), "num_classes", None)
+        num_classes = found if isinstance(found, int) else None
     with distributed.ahead():  # weights may have to be downloaded
         model, preprocessing = load_classifier(
             arch, weights, num_classes or OPENOOD_CLASSES.get(known)
@@ -148,6 +154,8 @@ def run_images(
     )
     if distributed.rank() == 0 and any(not result.error for result in report.results):
         report.bootstrap()
+        if sheets:
+            report.sheets = explanation_sheets(report, benchmark, built, preprocessing)
     report.metadata.update(
         benchmark=name,
         arch=arch,

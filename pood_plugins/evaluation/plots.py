@@ -38,9 +38,11 @@ def plot_roc(results: Sequence[Result], ood_names: Sequence[str], path: Path) ->
             fpr, tpr = roc_curve(*result.scores[name])
             fpr = fpr.clamp(min=0.5 / len(result.scores[name][0]))  # 0 has no logarithm
             style = {"color": _COLORS[i % 8], "linestyle": _DASHES[i // 8 % 4], "linewidth": 1.3}
-            label = result.detector if name == ood_names[0] else None
+            label = plain(result.detector) if name == ood_names[0] else None
             axis.plot(fpr, tpr, label=label, **style)
-        axis.set(title=name, xlabel="ID samples flagged (FPR)", xscale="log", ylim=(0, 1.02))
+        axis.set(
+            title=plain(name), xlabel="ID samples flagged (FPR)", xscale="log", ylim=(0, 1.02)
+        )
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("OOD samples found (TPR)")
     left_out = len(results) - len(shown)
@@ -94,9 +96,9 @@ def plot_scores(results: Sequence[Result], ood_names: Sequence[str], path: Path)
                 )
             axis.set(xticks=[], yticks=[])
             axis.spines[["top", "right", "left"]].set_visible(False)
-        row[0].set_ylabel(result.detector, rotation=0, ha="right", va="center")
+        row[0].set_ylabel(plain(result.detector), rotation=0, ha="right", va="center")
     for axis, name in zip(axes[0], ood_names):
-        axis.set_title(name)
+        axis.set_title(plain(name))
     for axis in axes[-1]:
         axis.set_xlabel("outlier score, by rank →")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -140,10 +142,11 @@ def plot_intervals(report: Report, path: Path) -> None:
         if baseline is not None:
             mark = 100 * report.value(baseline, name, "AUROC")[0]
             axis.axvline(mark, color="#555555", linewidth=0.8, linestyle="--")
-        axis.set(title=name, xlabel="AUROC [%]", ylim=(-0.7, len(rows) - 0.3))
+        axis.set(title=plain(name), xlabel="AUROC [%]", ylim=(-0.7, len(rows) - 0.3))
         axis.set_xlim(left=left)
         axis.grid(axis="x", alpha=0.3)
-        axis.set_yticks(range(len(rows)), rows if name == first else [""] * len(rows))
+        labels = [plain(row) for row in rows] if name == first else [""] * len(rows)
+        axis.set_yticks(range(len(rows)), labels)
     _save(figure, path)
 
 
@@ -162,6 +165,14 @@ def roc_curve(scores_id: Tensor, scores_ood: Tensor) -> tuple[Tensor, Tensor]:
     last[:-1] = scores[:-1] != scores[1:]
     zero = torch.zeros(1, dtype=scores.dtype)
     return torch.cat([zero, fpr[last]]), torch.cat([zero, tpr[last]])
+
+
+def plain(text: str) -> str:
+    """
+    :param text: a name that somebody gave
+    :return: the same for matplotlib, to which a dollar sign begins a formula
+    """
+    return text.replace("$", r"\$")
 
 
 def _ranks(scores_id: Tensor, scores_ood: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,8 @@ class Report:
         self.metadata = dict(metadata or {})
         self.missing = dict(missing or {})
         self.notes = dict(notes or {})
+        #: pages for :meth:`to_html`: title, PNG and alternative text
+        self.sheets: list[tuple[str, bytes, str]] = []
         self._parts: list[Report] = []
         self._resampled: dict[tuple[str, str], Tensor] = {}
 
@@ -303,11 +305,12 @@ class Report:
         """OOD sets, then ``near`` and ``far`` where these have more than one set."""
         return self.ood_names + [mean for mean in _MEANS if len(self._sets_of(mean)) > 1]
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: str | os.PathLike, html: bool = False) -> None:
         """
         Writes ``results.csv``, ``results.json``, the table as ``results.md``, and the pictures.
 
         :param directory: where to write, created if need be
+        :param html: whether to write ``report.html`` as well
         :raises ImportError: if pandas or matplotlib is not installed
         """
         directory = Path(directory)
@@ -315,6 +318,8 @@ class Report:
         self.to_json(directory / "results.json")
         _write(directory / "results.md", self.to_markdown())
         self.plot(directory)
+        if html:
+            self.to_html(directory / "report.html", self.sheets)
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes :attr:`frame` to a file, floats with six decimals."""
@@ -375,6 +380,25 @@ class Report:
         lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
         table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
         return table + "".join(f"\n{note}\n" for note in self.remarks)
+
+    def to_html(
+        self, path: str | os.PathLike, sheets: Sequence[tuple[str, bytes, str]] = ()
+    ) -> None:
+        """
+        Writes table, curves and environment as one page, see :mod:`pood_plugins.evaluation.html`.
+
+        :param path: file to write
+        :param sheets: pictures that explain decisions, each with its title, the bytes of a PNG,
+            and what it shows in words
+        :raises ValueError: if a sheet is no PNG
+        """
+        from ..training.checkpoint import replacing
+        from .html import render
+
+        # of a path that is no text, the bytes that are none get a mark in their place
+        page = render(self, sheets).encode("utf-8", errors="replace")
+        with replacing(path) as file:
+            file.write(page)
 
     def to_text(self) -> str:
         """

@@ -450,6 +450,13 @@ def test_intervals_without_baseline(figures, tmp_path):
     assert len(figures[0].axes[0].lines) == 2  # the interval and its mark
 
 
+def test_names_with_dollars_are_no_formulas(figures, tmp_path):
+    report = resampled(row("$x^{$", 1.0, 1.0, 1.0), row("$", 2.0, 1.0, 1.0))
+    report.plot(tmp_path)
+    labels = [label.get_text() for label in figures[-1].axes[0].get_yticklabels()]
+    assert sorted(labels) == [r"\$", r"\$x^{\$"]
+
+
 def test_rows_left_of_the_axis_are_marked_at_its_edge(figures, tmp_path):
     good = [row(f"row {i}", 2.0 + i / 10, 2.0, 2.0) for i in range(3)]
     report = resampled(row("guess", -0.5, 2.0, 2.0), *good)
