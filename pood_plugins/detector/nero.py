@@ -33,7 +33,7 @@ of the paper that we know. The differences are:
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,8 @@ class Explanation:
     #: explains the distance, but is no summand of it, as distances are those of the components.
     deviation: Tensor
     #: neurons with the largest deviation, of whatever sign, largest first, of shape
-    #: :math:`B \times n`
+    #: :math:`B \times n`: those that make the distance, and not those whose features would have to
+    #: be changed to lower the score
     top_neurons: Tensor
     #: where in the input the relevance of the top neurons comes from, of shape
     #: :math:`B \times H \times W`; its sum is their relevance. None without feature maps.
@@ -372,18 +373,9 @@ class NERO(FeaturesDetector):
             ``eps`` were changed since
         :raises ValueError: if the features are not finite or of the wrong shape
         """
-        components, _, _ = self._fitted_state()
-        self._check_hyperparameters()
-        _check_batch_size(batch_size)
-        _check_features(z, self.head.in_features)
-        z = z.detach().to(components.device).float()
-        finite = _finite(z)
-        scores = torch.cat([self._score(chunk) for chunk in z.split(batch_size)])
-        # the only device-to-host read
-        finite, sound = torch.stack([finite, torch.isfinite(scores)]).tolist()
-        _raise_if_not_finite(finite)
-        _raise_if_not_sound(all(sound))
-        return scores.clamp(max=torch.finfo(torch.float32).max).float()
+        z = self._checked(z, batch_size)
+        parts = [self._parts(part, *self._relevance(part)) for part in z.split(batch_size)]
+        return _scores(z, parts)
 
     def explain(
         self, x: Tensor, layer: Optional[Module] = None, n_neurons: int = 10
@@ -440,35 +432,30 @@ class NERO(FeaturesDetector):
         maps: Optional[Tensor],
         size: Optional[Tuple[int, ...]],
     ) -> Explanation:
-        score = self.predict_features(z, batch_size)
-        z = z.detach().to(score.device).float()
+        z = self._checked(z, batch_size)
         n = _count("n_neurons", n_neurons, z.shape[1])
-        parts = [self._explain_chunk(chunk, n) for chunk in z.split(batch_size)]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        slope = joined.pop("slope")
-        heat_map = None
-        if maps is not None and size is not None:
-            heat_map = _heat_map(maps, slope, joined["top_neurons"], size)
-        return Explanation(score=score, heat_map=heat_map, **joined)
-
-    def _explain_chunk(self, z: Tensor, n: int) -> Dict[str, Tensor]:
-        weight, bias = self._head(z.device)
-        slope, _ = _slope(z.double(), weight, bias, self.eps)
-        relevance, distances, scaled_bias, ratio = self._parts(z)
-        distance, nearest = distances.min(dim=1)
         assert self.centroids_ is not None and self.classes_ is not None
-        deviation = relevance - self.centroids_[nearest]
-        return {
-            "nearest_class": torch.tensor(self.classes_, device=z.device)[nearest],
-            "distances": distances.float(),
-            "distance": distance.float(),
-            "bias": scaled_bias.float(),
-            "feature_ratio": ratio.float(),
-            "relevance": relevance.float(),
-            "deviation": deviation.float(),
-            "top_neurons": deviation.abs().topk(n, dim=1).indices,
-            "slope": slope,
-        }
+        classes = torch.tensor(self.classes_, device=z.device)
+        weight, bias = self._head(z.device)
+        parts, chunks, heat_maps = [], [], []
+        for i, part in enumerate(z.split(batch_size)):
+            slope, bias_relevance = _slope(part.double(), weight, bias, self.eps)
+            relevance = slope * part
+            parts.append(self._parts(part, relevance, bias_relevance))
+            distances, scaled_bias, ratio = parts[-1]
+            distance, nearest = distances.min(dim=1)
+            deviation = relevance - self.centroids_[nearest]
+            top = deviation.abs().topk(n, dim=1).indices
+            values = (distances, distance, scaled_bias, ratio, relevance, deviation)
+            chunks.append((classes[nearest], *(value.float() for value in values), top))
+            if maps is not None and size is not None:
+                rows = slice(i * batch_size, (i + 1) * batch_size)
+                heat_maps.append(_heat_map(maps[rows], slope, top, size))
+        heat_map = torch.cat(heat_maps) if heat_maps else None
+        names = ["nearest_class", "distances", "distance", "bias", "feature_ratio", "relevance"]
+        names += ["deviation", "top_neurons"]
+        joined = {name: torch.cat(values) for name, values in zip(names, zip(*chunks))}
+        return Explanation(score=_scores(z, parts), heat_map=heat_map, **joined)
 
     def __repr__(self) -> str:
         return f"NERO(n_components={self.n_components:.4g}, n_neurons={self.n_neurons:.4g})"
@@ -485,14 +472,19 @@ class NERO(FeaturesDetector):
             None if bias is None else bias.to(device, torch.float64),
         )
 
-    def _score(self, z: Tensor) -> Tensor:
-        _, distances, bias, ratio = self._parts(z)
-        return (distances.amin(dim=1) + bias) * ratio
+    def _checked(self, z: Tensor, batch_size: int) -> Tensor:
+        """Features that may be scored, as float32 on the device of the fit."""
+        components, _, _ = self._fitted_state()
+        self._check_hyperparameters()
+        _check_batch_size(batch_size)
+        _check_features(z, self.head.in_features)
+        return z.detach().to(components.device).float()
 
-    def _parts(self, z: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Relevance, distances to the classes, scaled bias relevance and feature ratio."""
+    def _parts(
+        self, z: Tensor, relevance: Tensor, bias_relevance: Tensor
+    ) -> Tuple[Tensor, Tensor, Tensor]:
+        """Distances to the classes, scaled bias relevance and feature ratio."""
         components, projected_centroids, bias_scale = self._fitted_state()
-        relevance, bias_relevance = self._relevance(z)
         distances = torch.cdist(relevance @ components, projected_centroids, p=1)
 
         n_neurons = _count("n_neurons", self.n_neurons, z.shape[1])
@@ -500,7 +492,7 @@ class NERO(FeaturesDetector):
         magnitude = z.double().abs()
         ratio = magnitude.gather(1, lowest).sum(dim=1) / magnitude.sum(dim=1)
         ratio = ratio.nan_to_num(n_neurons / z.shape[1])  # 0 / 0: no neuron is active
-        return relevance, distances, bias_scale * bias_relevance.abs(), ratio
+        return distances, bias_scale * bias_relevance.abs(), ratio
 
     def _fitted_state(self) -> Tuple[Tensor, Tensor, Tensor]:
         components, centroids, scale = (
@@ -623,8 +615,9 @@ def _check_maps(outputs: List[Any], z: Tensor) -> None:
             f"The layer for the heat map must return maps of shape B x {z.shape[1]} x H x W, one "
             f"for each feature, got {got}. Pass the module before global average pooling."
         )
-    difference = (maps.mean(dim=(2, 3)) - z).abs().amax()
-    if not bool(difference <= 1e-2 * z.abs().amax()):
+    difference = (maps.mean(dim=(2, 3)) - z).abs()
+    # features that are not finite are told of later
+    if len(z) and bool(difference.amax() > 1e-2 * z.abs().amax()):
         raise ValueError(
             "The features are not the means of the maps of this layer, so relevance can't be "
             "shared among positions. Pass the module before global average pooling, or explain "
@@ -656,6 +649,16 @@ def _spread(n: int, large: int, like: Tensor) -> Tensor:
     eye = torch.eye(n, dtype=like.dtype, device=like.device)[None]
     matrix = F.interpolate(eye, large, mode="linear", align_corners=False)[0].T
     return matrix / matrix.sum(dim=0)
+
+
+def _scores(z: Tensor, parts: List[Tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Scores from their parts, if all of them are numbers."""
+    scores = torch.cat([(distances.amin(dim=1) + bias) * r for distances, bias, r in parts])
+    # the only device-to-host read
+    finite, sound = torch.stack([_finite(z), torch.isfinite(scores)]).tolist()
+    _raise_if_not_finite(finite)
+    _raise_if_not_sound(all(sound))
+    return scores.clamp(max=torch.finfo(torch.float32).max).float()
 
 
 def _finite(z: Tensor) -> Tensor:

@@ -181,6 +181,14 @@ def test_classes_are_ids(network, images):
     assert set(detector.explain(images).nearest_class.tolist()) == {0, 2}
 
 
+def test_heat_maps_of_no_images_and_of_broken_ones(nero, network, images):
+    assert nero.explain(images[:0], layer=network.maps).top_neurons.shape == (0, 6)
+    images = images.clone()
+    images[2, 0, 3, 3] = math.nan
+    with pytest.raises(ValueError, match="1 of 60 .*rows contain NaN"):
+        nero.explain(images, layer=network.maps)
+
+
 LAYERS = {
     "runs twice": (lambda network: network.twice, "must run once, but ran 2 times"),
     "does not run": (lambda network: nn.ReLU(), "must run once, but ran 0 times"),
