@@ -45,11 +45,13 @@ import heapq
 import io
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,7 +165,9 @@ def write_explanations(
             plot_nero(explanation, 0, view, path, caption, deployed.threshold)
         else:
             classes = [deployed.classes[class_id] for class_id in detector.classes_]
-            plot_grood(explanation, 0, view, path, caption, classes, deployed.fit_on)
+            names = deployed.fit_on
+            picture = partial(_read_picture, names)
+            plot_grood(explanation, 0, view, path, caption, classes, names, picture)
         sheets.append(path)
     return Explained(len(images), sheets, errors, without_map)
 
@@ -208,6 +212,7 @@ def plot_grood(
     caption: str = "",
     classes: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    picture: Callable[[int], Tensor | None] = lambda position: None,
 ) -> None:
     """
     One page: image, distances to the class prototypes, and the training samples with the nearest
@@ -219,8 +224,8 @@ def plot_grood(
     :param path: file to write
     :param caption: title of the page
     :param classes: names of the head's columns that have a prototype
-    :param names: of the training samples, by position. Those of image files that are still there
-        are drawn.
+    :param names: of the training samples, by position
+    :param picture: gives a training sample by its position, like ``view``, or None
     """
     figure, axes = _page([1.0, 1.4, 2.2], caption)
     _show(axes[0], view, "as the network sees it")
@@ -235,7 +240,7 @@ def plot_grood(
     axes[1].invert_yaxis()
     axes[1].set_xlabel("feature distance to the class prototypes")
     axes[1].set_title(f"probability of the OOD prototype: {explanation.probability[index]:.3g}")
-    _draw_neighbors(axes[2], explanation, index, names)
+    _draw_neighbors(axes[2], explanation, index, names, picture)
     _write(figure, path)
 
 
@@ -512,25 +517,33 @@ def _legend(axis: Any) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
+def _read_picture(names: Sequence[str] | None, position: int) -> Tensor | None:
+    """A training image, if its file is where it was."""
+    try:
+        image = read_image(Path(_name(position, names)))
+    except ValueError:
+        return None
+    return torch.from_numpy(np.array(image)) / 255
+
+
 def _draw_neighbors(
-    axis: Any, explanation: grood.Explanation, index: int, names: Sequence[str] | None
+    axis: Any,
+    explanation: grood.Explanation,
+    index: int,
+    names: Sequence[str] | None,
+    picture: Callable[[int], Tensor | None],
 ) -> None:
-    """Training samples, as images where their files are there."""
+    """Training samples, as pictures where there are some."""
     axis.axis("off")
     axis.set_title("training samples with the nearest gradients")
     positions = explanation.neighbors[index].tolist()[:5]
     distances = explanation.neighbor_distances[index].tolist()
     for i, (position, distance) in enumerate(zip(positions, distances)):
-        name = _name(position, names)
         left = i / len(positions)
-        try:
-            pixels = read_image(Path(name))
-        except ValueError:  # it was no file, or is not there any more
-            text = name
-        else:
+        view = picture(position)
+        if view is not None:
             inset = axis.inset_axes((left, 0.4, 0.92 / len(positions), 0.45), anchor="S")
-            inset.imshow(pixels, interpolation="nearest")
-            inset.set(xticks=[], yticks=[])
-            text = "/".join(Path(name).parts[-2:])
+            _show(inset, view, "")
+        text = "/".join(Path(_name(position, names)).parts[-2:])
         text = plain(textwrap.fill(text, 16))
         axis.text(left, 0.37, f"{text}\n{distance:.3g}", fontsize=8, va="top")

@@ -13,6 +13,7 @@ import torch
 from pytorch_ood.api import Detector
 from pytorch_ood.benchmark import Benchmark
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..detector import GROOD, NERO
 from ..model.preprocessing import Preprocessing
@@ -39,18 +40,21 @@ def explanation_sheets(
         if isinstance(detector, (NERO, GROOD)) and row in scores:
             chosen.setdefault(type(detector), row)
     sheets = []
+    train_set = benchmark.train_set()
     sets = zip(benchmark.ood_names, benchmark.test_sets(known=False, unknown=True))
     for name, dataset in sets:
         for row in chosen.values():
             index = int(scores[row][name][1].argmax())
             x = dataset[index][0]
             title = f"{row}: the most outlying image of {name}"
-            page = _page(detectors[row], x, preprocessing, f"{name} {index}")
+            page = _page(detectors[row], x, preprocessing, f"{name} {index}", train_set)
             sheets.append((title, page, f"Explanation by {row} of image {index} of {name}"))
     return sheets
 
 
-def _page(detector: Any, x: Tensor, preprocessing: Preprocessing, caption: str) -> bytes:
+def _page(
+    detector: Any, x: Tensor, preprocessing: Preprocessing, caption: str, train_set: Dataset
+) -> bytes:
     from ..explain import plot_grood, plot_nero, view_of
 
     split = detector.build_record.split
@@ -59,7 +63,12 @@ def _page(detector: Any, x: Tensor, preprocessing: Preprocessing, caption: str) 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "page.png"
         if isinstance(detector, GROOD):
-            plot_grood(detector.explain(batch), 0, view, path, caption)
+
+            def picture(position: int) -> Tensor:
+                return view_of(preprocessing, train_set[position][0])
+
+            explanation = detector.explain(batch)
+            plot_grood(explanation, 0, view, path, caption, picture=picture)
         else:
             layer = split.stages[-1] if split.feature_maps is not None and split.stages else None
             try:

@@ -20,9 +20,12 @@ def test_pages_are_those_of_the_most_outlying_images(monkeypatch, tmp_path):
     for name in ("plot_nero", "plot_grood"):
         real = getattr(explain, name)
 
-        def plot(*arguments, real=real):
+        def plot(*arguments, real=real, **more):
             drawn.append(arguments)
-            real(*arguments)
+            real(*arguments, **more)
+            for position in arguments[0].neighbors[0].tolist() if "picture" in more else ():
+                view = more["picture"](position)
+                assert torch.allclose(view, Digits().train_set()[position][0][0], atol=1e-6)
 
         monkeypatch.setattr(explain, name, plot)
     report = run_digits(["GROOD (mean)", "NERO", "GROOD", "Energy"], seeds=[0], sheets=True)
