@@ -1,6 +1,7 @@
 # make benchmark   the digits benchmark, from nothing to a table
 # make test        the tests
 # make lint docs   what CI runs besides
+# make upstream-tests   pytorch-ood's own tests with our classes among its own; needs a network
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,13 +9,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: benchmark test lint docs format clean
+.PHONY: benchmark test upstream-tests lint docs format clean
 
 benchmark: $(READY)
 	$(BIN)/pood benchmark digits
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+upstream-tests: $(READY)
+	$(BIN)/python tests/upstream/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

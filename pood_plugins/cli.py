@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 
     from .evaluation import Report
     from .model.split import SplitModel
+    from .persistence import Saved
 
     _Task = tuple[SplitModel, Dataset, Callable[..., list[dict[str, float]]]]
 
@@ -278,7 +279,6 @@ def _add_fit(commands: Any, common: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--holdout",
         type=float,
-        default=0.2,
         metavar="X",
         help="without them, fraction of the images to hold out for the threshold (default: 0.2)",
     )
@@ -288,7 +288,6 @@ def _add_fit(commands: Any, common: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--tpr",
         type=float,
-        default=0.95,
         metavar="X",
         help="share of the ID images to accept (default: 0.95)",
     )
@@ -634,6 +633,12 @@ def _finetune(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     _refuse_several("fit")
+    if options.fpr is not None and options.outliers is None:
+        raise LookupError("--fpr needs outliers: name some by --outliers")
+    if options.fpr is not None and options.tpr is not None:
+        raise LookupError("there is one threshold for --tpr or --fpr: leave one out")
+    if options.calibration is not None and options.holdout is not None:
+        raise LookupError("with --calibration, nothing is held out: leave out --holdout")
     from .deployment import find_classes, fit
     from .model.preprocessing import complete
     from .model.zoo import load_classifier
@@ -651,9 +656,9 @@ def _fit(options: argparse.Namespace) -> int:
         options.output,
         hyperparameters=dict(options.option),
         calibration=options.calibration,
-        holdout=options.holdout,
+        holdout=0.2 if options.holdout is None else options.holdout,
         outliers=options.outliers,
-        tpr=options.tpr,
+        tpr=0.95 if options.tpr is None else options.tpr,
         fpr=options.fpr,
         seed=options.seed,
         device=options.device,
@@ -665,6 +670,11 @@ def _fit(options: argparse.Namespace) -> int:
     print(f"The classifier is right on {fitted.accuracy:.1%} of those it was calibrated on.")
     print(fitted.threshold)
     print(f"Saved: {options.output}")
+    if fitted.accuracy < 0.5:
+        _say(
+            "warning: the classifier is wrong more often than right: check the preprocessing, and "
+            "that the folders are its classes, in its order"
+        )
     return _report_errors(fitted.unreadable, "were left out")
 
 
@@ -681,7 +691,7 @@ def _score(options: argparse.Namespace) -> int:
         workers=options.workers,
         resume=options.resume,
     )
-    n_scored = scored.n_images - len(scored.errors)
+    n_scored = scored.n_images - scored.n_errors
     if deployed.threshold is None:
         print(f"{n_scored} images scored; there is no threshold to decide by.")
     else:
@@ -703,7 +713,7 @@ def _explain(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         workers=options.workers,
     )
-    print(f"{explained.n_images - len(explained.errors)} images explained.")
+    print(f"{explained.n_images - explained.n_errors} images explained.")
     if explained.without_map:
         print(f"There are no heat maps: {explained.without_map}")
     print(f"Table and {len(explained.sheets)} pages: {options.output}")
@@ -712,8 +722,10 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _report_errors(errors: Mapping[str, str], consequence: str) -> int:
     """The first of them, and the exit status."""
+    from .training.checkpoint import short
+
     for name, error in list(errors.items())[:3]:
-        print(f"pood: {name}: {error}", file=sys.stderr)
+        print(f"pood: {short(name, 1000)}: {error}", file=sys.stderr)
     if errors:
         print(f"pood: {len(errors)} images {consequence}", file=sys.stderr)
     return 1 if errors else 0
@@ -724,6 +736,17 @@ def _inspect(options: argparse.Namespace) -> int:
 
     saved = Saved(options.path)
     saved.check()
+    with saved.reading():  # what is in it may be anything
+        lines = _describe(saved)
+    for name, text in lines.items():
+        print(f"{name + ':':15} " + str(text).replace("\n", "\n" + " " * 16))
+    print("All files are what was written.")
+    return 0
+
+
+def _describe(saved: "Saved") -> dict[str, Any]:
+    from .training.checkpoint import short
+
     config = saved.config
     model, classifier = config["model"], config["classifier"] or {}
     lines: dict[str, Any] = {
@@ -736,17 +759,16 @@ def _inspect(options: argparse.Namespace) -> int:
     if classifier:
         classes = classifier["classes"]
         lines["architecture"] = classifier["arch"]
-        lines["classes"] = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        lines["classes"] = ", ".join(map(str, classes[:10])) + ", ..." * (len(classes) > 10)
+        lines["accuracy"] = f"{classifier['accuracy']:.1%} of what it was calibrated on"
         lines["preprocessing"] = _compact(classifier["preprocessing"])
-    lines["threshold"] = saved.threshold or "none"
     lines["versions"] = _compact(config["versions"])
     lines["files"] = ", ".join(
-        f"{file} ({(options.path / file).stat().st_size:,} bytes)" for file in config["checksums"]
+        f"{file} ({(saved.path / file).stat().st_size:,} bytes)" for file in config["checksums"]
     )
-    for name, text in lines.items():
-        print(f"{name + ':':15} " + str(text).replace("\n", "\n" + " " * 16))
-    print("All files are what was written.")
-    return 0
+    lines = {name: short(text, 1000) for name, text in lines.items()}
+    lines["threshold"] = saved.threshold or "none"
+    return lines
 
 
 def _compact(values: Mapping[str, Any]) -> str:

@@ -34,12 +34,16 @@ What ``pood fit`` does
    ``--std``, ``--resize``, ``--interpolation`` and ``--channels`` say.
 2. It constructs the classifier a second time, as ``pood score`` will, and compares their logits.
 3. A fifth of the images of each class (``--holdout``) is held out, unless there are others to
-   calibrate on (``--calibration``). On the rest, the detector is fitted.
+   calibrate on (``--calibration``). On the rest, the detector is fitted. Detectors that need no
+   fit are calibrated on all images.
 4. The threshold is calibrated on the images held out, see :mod:`pood_plugins.threshold`. If the
    classifier was trained on them, it is more sure of them than of new ones, and the threshold
-   accepts fewer new ones than it says: calibrate on images that it was not trained on.
+   accepts fewer new ones than it says: calibrate on images that it was not trained on. Images
+   that belong together, such as those of one patient, may be held out in part: give images of
+   other patients by ``--calibration``.
 5. Detector, threshold, classifier, class names and preprocessing are saved, see
-   :mod:`pood_plugins.persistence`.
+   :mod:`pood_plugins.persistence`, and so are the paths of up to 200,000 images that the detector
+   was fitted on, for :mod:`explanations <pood_plugins.explain>`.
 
 What ``pood score`` does
 ------------------------
@@ -49,7 +53,9 @@ It writes a row for each image, in the order given, as it goes: ``file``, ``scor
 a row with the reason. The file appears when all is written; until then, the rows are in a hidden
 file beside it, from which ``--resume`` goes on.
 
-Images with more than 8 bits per channel are refused, since conversion would cut them at 255.
+Grey images with more than 8 bits are refused, since conversion would cut them at 255, and so are
+images of several pages or frames. Of 16-bit color images, Pillow takes the upper 8 bits. A note in
+a file that says how to turn the image (EXIF) is ignored, as torchvision does.
 
 If the architecture is your own code (``package.module:callable``), it is not run because a file
 says so: name it again by ``--arch``.
@@ -170,7 +176,7 @@ def _find_labeled(data: _Path) -> tuple[list[_Source], list[str]]:
     :param data: folder with one folder per class, ``.npz`` or pack
     :return: labeled images, and names of the classes
     """
-    if Path(data).suffix in _PACKS:
+    if _is_pack(Path(data)):
         arrays = read_pack(data)
         names = arrays.get("classes", range(arrays["y"].astype(np.int64).max(initial=-1) + 1))
         return _of_arrays(data, arrays), [str(name) for name in names]
@@ -194,7 +200,7 @@ def _find(data: Iterable[_Path]) -> list[_Source]:
     """
     found = []
     for path in map(Path, data):
-        if path.suffix in _PACKS:
+        if _is_pack(path):
             found += _of_arrays(path, read_pack(path))
             continue
         files = find_images(path) if path.is_dir() else [path]
@@ -202,6 +208,10 @@ def _find(data: Iterable[_Path]) -> list[_Source]:
             raise ValueError(f"{path} has no images: name files, or a folder with some")
         found += [_Source(str(file), file) for file in files]
     return found
+
+
+def _is_pack(path: Path) -> bool:
+    return path.suffix.lower() in _PACKS and not path.is_dir()
 
 
 def _of_arrays(path: _Path, arrays: Mapping[str, np.ndarray]) -> list[_Source]:
@@ -345,8 +355,8 @@ class Deployed:
         return list(map(self._row, names, scores.tolist(), predicted.tolist()))
 
     def _row(self, name: str, score: float, predicted: int) -> Row:
-        if math.isnan(score):
-            return Row(name, error="its score is NaN")
+        if not math.isfinite(score):
+            return Row(name, error=f"its score is {score}")
         decision = None
         if self.threshold is not None:
             decision = "OOD" if bool(self.threshold([score])) else "ID"
@@ -381,7 +391,10 @@ class Deployed:
             scores = detector.predict_logits(logits)
         else:
             scores = detector(x)
-        return scores.detach().flatten().cpu(), logits.argmax(dim=1).cpu()
+        # what the network can't tell a class of gets no score
+        unsound = ~logits.isfinite().all(dim=1)
+        scores = scores.detach().flatten().masked_fill(unsound, math.nan)
+        return scores.cpu(), logits.argmax(dim=1).cpu()
 
 
 class Fitted(NamedTuple):
@@ -437,6 +450,9 @@ def fit(
         can be saved
     :raises OSError: if a file can't be read or written
     """
+    output = Path(output).resolve()
+    persistence.check_replaceable(output, losing_model=False)
+    calibrate([0.0], tpr, scores_ood=None if outliers is None else [0.0], fpr=fpr)
     fit_on, classes = _find_labeled(data)
     split = _split(model, preprocessing, device)
     if len(classes) != split.head.out_features:
@@ -454,19 +470,26 @@ def fit(
         calibrate_on, fit_on = _hold_out(fit_on, holdout, seed)
     else:
         calibrate_on = fit_on
+    calibrate_on = [source for source in calibrate_on if source.label >= 0]
+    rejected = [] if outliers is None else _find([outliers])
+    _check_apart(fit_on if built.requires_fit else [], calibrate_on, "fitted and calibrated on")
+    _check_apart([*fit_on, *calibrate_on], rejected, "both ID and outliers")
 
     def batches(sources: list[_Source], purpose: str) -> _Batches:
         return _Batches(_Images(sources, preprocessing), batch_size, workers, purpose)
 
     fitting = batches(fit_on if built.requires_fit else [], "fit")
     calibrating = batches(calibrate_on, "calibrate")
-    rejecting = batches([] if outliers is None else _find([outliers]), "outliers")
+    rejecting = batches(rejected, "outliers")
     if built.requires_fit:
         built.fit(fitting)
     deployed = Deployed(built, split, None, classes, preprocessing)
     scores, correct = deployed._scores(calibrating)
     scores_ood = None if outliers is None else deployed._scores(rejecting)[0]
     threshold = calibrate(scores, tpr, scores_ood=scores_ood, fpr=fpr)
+    accuracy = float(correct.double().mean())
+    # other commands may run elsewhere
+    fit_names = [os.path.abspath(name) for name in fitting.readable]
     persistence.save(
         built,
         output,
@@ -475,12 +498,13 @@ def fit(
             "arch": arch,
             "classes": classes,
             "preprocessing": preprocessing.to_json(),
-            "fit_on": fitting.readable if len(fitting.readable) <= _MOST_NAMES else None,
+            "fit_on": fit_names if len(fit_names) <= _MOST_NAMES else None,
+            "accuracy": accuracy,
         },
     )
     unreadable = {**fitting.unreadable, **calibrating.unreadable, **rejecting.unreadable}
     n_fit = len(fitting.dataset) - len(fitting.unreadable)
-    return Fitted(threshold, n_fit, float(correct.double().mean()), unreadable)
+    return Fitted(threshold, n_fit, accuracy, unreadable)
 
 
 class Scored(NamedTuple):
@@ -488,6 +512,7 @@ class Scored(NamedTuple):
 
     n_images: int
     n_ood: int
+    n_errors: int
     errors: dict[str, str]  #: why images could not be scored, by name
 
 
@@ -508,14 +533,18 @@ def write_scores(
     :param output: csv file
     :param batch_size: images at once
     :param workers: processes that read images
-    :param resume: go on where an interrupted call with the same detector and output ended, with
-        the same result as without interruption
+    :param resume: go on where an interrupted call with the same detector and output ended. If the
+        images are the same, so is the result.
     :return: what was done
     :raises ValueError: as :meth:`Deployed.score`, or if there are other images than before
     :raises OSError: if a file can't be written
     """
-    output = Path(output)
+    output = Path(output).resolve()
+    if output.exists() and not output.is_file():
+        raise ValueError(f"{output} is no file: name one by --output")
     sources = _find(data)
+    if any(isinstance(s.image, Path) and s.image.resolve() == output for s in sources):
+        raise ValueError(f"{output} is one of the images: name another file by --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     # named after the detector, so that rows of another are not taken for its own
     partial = output.with_name(f".{output.name}.{deployed.identity[:12]}.part")
@@ -529,6 +558,7 @@ def write_scores(
         )
     n_ood = sum(row.decision == "OOD" for row in done)
     errors = {row.file: row.error for row in done if row.error}
+    n_errors = sum(row.error is not None for row in done)
     images = _Images(sources[len(done) :], deployed.preprocessing)
     rest = _Batches(images, batch_size, workers, "score")
     # surrogates stand for bytes of file names that are not UTF-8
@@ -541,9 +571,10 @@ def write_scores(
             file.flush()
             n_ood += sum(row.decision == "OOD" for row in rows)
             errors.update({row.file: row.error for row in rows if row.error})
+            n_errors += sum(row.error is not None for row in rows)
         os.fsync(file.fileno())
     os.replace(partial, output)
-    return Scored(len(sources), n_ood, errors)
+    return Scored(len(sources), n_ood, n_errors, errors)
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -554,11 +585,17 @@ def _read_rows(path: Path) -> list[Row]:
     header, *rows = csv.reader(io.StringIO(whole)) if whole else [list(Row._fields)]
     if header != list(Row._fields):
         raise ValueError(f"{path} is no file of scores: remove it, or start without --resume")
-    return [
-        Row(file, float(score) if score else None, *(text or None for text in texts))
-        for file, score, *texts in rows
-        if len(texts) == len(header) - 2  # or it ends in the middle of a name with a line break
-    ]
+    # the last one may end in the middle of a name with a line break
+    complete = [row for row in rows if len(row) == len(header)]
+    try:
+        return [
+            Row(file, float(score) if score else None, *(text or None for text in texts))
+            for file, score, *texts in complete
+        ]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({reason(error)}): remove it, or start without --resume"
+        ) from error
 
 
 def _hold_out(
@@ -576,12 +613,23 @@ def _hold_out(
         rows = (labels == label).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=generator)]
         held_out[rows[: int(fraction * len(rows))]] = True
-    if not held_out.any():
+    without = [label for label in set(labels.tolist()) if not held_out[labels == label].any()]
+    without = [label for label in without if label >= 0]
+    if without:
         raise ValueError(
-            "there are too few images per class to hold some out: name others by --calibration"
+            f"{len(without)} classes have too few images to hold {fraction:.0%} of them out: name "
+            "others by --calibration, or raise --holdout"
         )
     parts = (held_out, ~held_out)
     return tuple([s for s, chosen in zip(sources, part) if chosen] for part in parts)  # type: ignore[return-value]
+
+
+def _check_apart(some: list[_Source], others: list[_Source], purpose: str) -> None:
+    """Scores of images that a detector was fitted on say nothing of new ones."""
+    names = {os.path.realpath(source.name) for source in some}
+    both = [source.name for source in others if os.path.realpath(source.name) in names]
+    if both:
+        raise ValueError(f"{len(both)} images, such as {both[0]}, would be {purpose}: name others")
 
 
 def _example(preprocessing: Preprocessing, device: str | torch.device) -> Tensor:
@@ -607,8 +655,9 @@ def _check_rebuilds(split: SplitModel, arch: str, x: Tensor) -> None:
             f"({reason(error)}): name the architecture of these weights by --arch"
         ) from error
     with torch.no_grad():
-        difference = float((again(x) - split.model(x)).abs().max())
-    if not difference < 1e-3:
+        expected = split.model(x)
+        difference = float((again(x) - expected).abs().max())
+    if not difference <= 1e-2 * float(expected.abs().max()):
         raise ValueError(
             f"{arch} constructs a network with other logits for the same weights (by "
             f"{difference:.2g}), so it can't be loaded again: make all that its forward depends "

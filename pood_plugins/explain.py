@@ -36,6 +36,8 @@ positive has solid lines, what is negative dashed ones, and no meaning is in a c
 .. autofunction:: pood_plugins.explain.plot_contact_sheet
 
 .. autofunction:: pood_plugins.explain.plot_scores
+
+.. autofunction:: pood_plugins.explain.view_of
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ __all__ = [
     "plot_grood",
     "plot_nero",
     "plot_scores",
+    "view_of",
     "write_explanations",
 ]
 
@@ -82,9 +85,10 @@ class Explained(NamedTuple):
     """What :func:`write_explanations` did."""
 
     n_images: int
+    n_errors: int
     sheets: list[Path]
     errors: dict[str, str]  #: why images could not be explained, by name
-    without_map: str | None  #: why there are no heat maps, None if there are
+    without_map: str | None  #: why there are no heat maps of NERO, None if there are
 
 
 class _Flagged(NamedTuple):
@@ -120,12 +124,18 @@ def write_explanations(
     :raises ImportError: without matplotlib
     """
     detector: Any = deployed.detector
-    if not hasattr(detector, "explain_features"):
+    if not isinstance(detector, (nero.NERO, grood.GROOD)):
         raise LookupError(
             f"{type(detector).__name__} has no explanations: fit GROOD or NERO for these images"
         )
-    output = Path(output)
+    output, data = Path(output).resolve(), list(data)
+    if any(output.is_relative_to(Path(path).resolve()) for path in data):
+        raise ValueError(f"{output} is among the images: name another folder by --output")
     images = _Images(_find(data), deployed.preprocessing)
+    for page in [*(output / "sheets").glob("*.png"), *output.glob("*.png")]:
+        if page.stem.isdigit() or page.name in ("contact.png", "scores.png"):
+            page.unlink()  # of another run, whose images these are not
+    n_errors = 0
     flagged: list[_Flagged] = []
     scores: list[float] = []
     errors: dict[str, str] = {}
@@ -138,6 +148,7 @@ def write_explanations(
                 writer.writerow(row)
                 if explanation is None:
                     errors[item.name] = row["error"]
+                    n_errors += 1
                     continue
                 scores.append(row["score"])
                 order = -len(scores)
@@ -146,7 +157,7 @@ def write_explanations(
         text.flush()
         text.detach()
     if not scores:
-        return Explained(len(images), [], errors, None)
+        return Explained(len(images), n_errors, [], errors, None)
     flagged.sort(reverse=True)
     layer, without_map = _find_layer(deployed, flagged[0].item)
     plot_scores(torch.tensor(scores), output / "scores.png", deployed.threshold)
@@ -159,17 +170,18 @@ def write_explanations(
         path = output / "sheets" / f"{i + 1:03}.png"
         if isinstance(detector, nero.NERO):
             if layer is not None:
-                again = detector.explain(_stack(deployed, [entry.item]), layer=layer)
-                # what was scored in a batch may differ in the last digits
-                explanation = replace(explanation, heat_map=again.heat_map)
+                heat_map, reason_of = _heat_map(deployed, entry.item, layer)
+                without_map = without_map or reason_of
+                # the rest is kept: what was scored in a batch may differ in the last digits
+                explanation = replace(explanation, heat_map=heat_map)
             plot_nero(explanation, 0, view, path, caption, deployed.threshold)
         else:
-            classes = [deployed.classes[class_id] for class_id in detector.classes_]
+            classes = [deployed.classes[class_id] for class_id in detector.classes_ or ()]
             names = deployed.fit_on
             picture = partial(_read_picture, names)
             plot_grood(explanation, 0, view, path, caption, classes, names, picture)
         sheets.append(path)
-    return Explained(len(images), sheets, errors, without_map)
+    return Explained(len(images), n_errors, sheets, errors, without_map)
 
 
 def plot_nero(
@@ -340,6 +352,9 @@ def _explain(deployed: Deployed, items: list[_Item]) -> list[tuple[dict[str, Any
         nearest = deployed.classes[int(explanation.nearest_class[i])]
         row = {**row, "nearest_class": nearest, **own(deployed, explanation, i)}
         row = {name: value for name, value in row.items() if value is not None}
+        if "error" in row:
+            pairs.append((row, None))
+            continue
         alone = {
             field.name: getattr(explanation, field.name)[i : i + 1]
             for field in fields(explanation)
@@ -391,11 +406,17 @@ def _find_layer(deployed: Deployed, item: _Item) -> tuple[Any, str | None]:
     if split.feature_maps is None or not split.stages:
         return None, split.maps_reason
     layer = split.stages[-1]
+    _, without_map = _heat_map(deployed, item, layer)
+    return (layer, None) if without_map is None else (None, without_map)
+
+
+def _heat_map(deployed: Deployed, item: _Item, layer: Any) -> tuple[Tensor | None, str | None]:
+    """The heat map of an image by NERO, or why there is none."""
+    detector: Any = deployed.detector
     try:
-        detector.explain(_stack(deployed, [item]), layer=layer)
+        return detector.explain(_stack(deployed, [item]), layer=layer).heat_map, None
     except ValueError as error:
         return None, reason(error)
-    return layer, None
 
 
 def view_of(preprocessing: Preprocessing, x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -107,8 +107,8 @@ def save(
     :param threshold: for its scores
     :param classifier: what there is to say of the classifier, in terms of JSON; if given, its
         weights are saved, too
-    :raises ValueError: if the detector can't be saved, with the reason, or the directory holds
-        anything that would be lost
+    :raises ValueError: if the detector can't be saved, with the reason, or the directory is there
+        and is neither empty nor a saved detector
     :raises OSError: if nothing can be written
     :raises ImportError: without safetensors
     """
@@ -140,7 +140,8 @@ def save(
     files = {_STATE: tensors}
     if classifier is not None:
         files[_MODEL] = model.state_dict()
-    _check_replaceable(Path(path), losing_model=classifier is None)
+    path = Path(path).resolve()
+    check_replaceable(path, losing_model=classifier is None)
     config = {
         "detector": {"name": record.info.qualified_name, "version": record.info.version},
         "arguments": arguments,
@@ -150,7 +151,7 @@ def save(
         "classifier": classifier,
         "versions": {p: version(p) for p in ("pood-plugins", "pytorch-ood", "torch")},
     }
-    with _replacing_directory(Path(path)) as directory:
+    with _replacing_directory(path) as directory:
         checksums = {}
         for file, content in files.items():
             safetensors.save_file(_separate(content), directory / file)
@@ -225,6 +226,13 @@ class Saved:
                 raise _changed(self.path / _CONFIG)
         #: content of ``config.json``
         self.config: dict[str, Any] = config
+
+    def reading(self) -> AbstractContextManager[None]:
+        """
+        :return: context for reading more of it, in which any error becomes a ``ValueError`` that
+            says that it is damaged
+        """
+        return _reading(self.path)
 
     def check(self) -> None:
         """
@@ -406,7 +414,12 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_replaceable(path: Path, losing_model: bool) -> None:
+def check_replaceable(path: Path, losing_model: bool) -> None:
+    """
+    :param path: where a detector is to be saved
+    :param losing_model: whether it is to be saved without its classifier
+    :raises ValueError: if something is there that would be lost and is no saved detector
+    """
     if not path.exists():
         return
     if not path.is_dir():
@@ -418,6 +431,8 @@ def _check_replaceable(path: Path, losing_model: bool) -> None:
             f"{path} holds other files ({', '.join(others[:3])}), which would be lost: name "
             "another directory for the detector"
         )
+    if names:
+        Saved(path)  # or these are somebody else's files of the same names
     if _MODEL in names and losing_model:
         raise ValueError(
             f"{path} holds the weights of its classifier, too, which would be lost: name another "
@@ -428,7 +443,6 @@ def _check_replaceable(path: Path, losing_model: bool) -> None:
 @contextmanager
 def _replacing_directory(path: Path) -> Iterator[Path]:
     """An empty directory that takes the place of another when the context ends."""
-    path = path.expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
     new, old = (path.with_name(f".{path.name}.{token}.{what}") for what in ("new", "old"))
@@ -485,7 +499,8 @@ def _changes(
 def _restore(detector: object, attributes: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Give a fresh detector the attributes that differ."""
     for name, value in attributes.items():
-        if not name.isidentifier() or name.startswith("__") or name in _NOT_SAVED:
+        method = callable(getattr(type(detector), name, None))
+        if method or not name.isidentifier() or name.startswith("__") or name in _NOT_SAVED:
             raise ValueError(f"{name!r} is no name of an attribute")
         fresh = getattr(detector, name, None)
         setattr(detector, name, _decode(value, tensors, detector, fresh))

@@ -21,8 +21,13 @@ The threshold for a TPR is an order statistic: of :math:`n` sorted scores, the o
 :math:`m = \\lceil n \\cdot \\mathrm{TPR} \\rceil`. Whatever the distribution of the scores, if it
 is continuous, the TPR on further samples of the same kind then follows a beta distribution with
 parameters :math:`m` and :math:`n + 1 - m`, of which :attr:`Threshold.tpr_interval` are the
-quantiles. With ties, the TPR can only be higher. Rates that are merely counted have the interval
-of Clopper and Pearson.
+quantiles. Among scores that tie with the threshold, as many as there are are accepted: the TPR may
+be higher, and the FPR lower, up to the interval of the share that is counted. Rates that are
+merely counted have the interval of Clopper and Pearson.
+
+Scores of one image differ in their last digits with the images that share its batch, and a
+threshold is the score of one image: images that score within these digits of it may be decided
+either way.
 
 .. warning::
 
@@ -83,6 +88,11 @@ class Threshold:
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise ValueError(f"a threshold must be a finite number, got {self.value}")
+        for rate, interval in ((self.tpr, self.tpr_interval), (self.fpr, self.fpr_interval)):
+            if rate is not None and interval is not None:
+                low, high = interval
+                if not 0 <= low <= high <= 1 or not 0 <= rate <= 1:
+                    raise ValueError(f"rates must be fractions, got {rate}, {low} and {high}")
 
     def __call__(self, scores: _Scores) -> Tensor:
         """
@@ -194,11 +204,17 @@ def _accepted(
 
     n, count = len(scores), int((scores <= value).sum())
     tail = (1 - confidence) / 2
+    # Clopper and Pearson
+    lower = beta.ppf(tail, count, n - count + 1) if count > 0 else 0.0
+    upper = beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0
     if rank is not None:
-        lower, upper = beta.ppf([tail, 1 - tail], rank, n + 1 - rank)
-    else:  # Clopper and Pearson
-        lower = beta.ppf(tail, count, n - count + 1) if count > 0 else 0.0
-        upper = beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0
+        low, high = beta.ppf([tail, 1 - tail], rank, n + 1 - rank)
+        # it is that score or just below; ties make the share larger in the first case, and smaller
+        # in the second, by as much as is only counted
+        if count >= rank:
+            lower, upper = low, high if count == rank else upper
+        else:
+            lower, upper = low if count == rank - 1 else lower, high
     return count / n, (float(lower), float(upper))
 
 

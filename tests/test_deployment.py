@@ -135,6 +135,7 @@ def test_holding_out(fit_arguments, tmp_path, capsys):
     assert f"fitted on {540 - fits[0][0]['n_id']} images" in capsys.readouterr().out
     for holdout in (0.0, 1.0, 0.001):
         assert cli.main(replaced(fit_arguments, calibration=None, holdout=holdout)) == 1
+    assert "6 classes have too few images to hold 0% of them out" in capsys.readouterr().err
 
 
 def test_held_out_images_are_not_fitted_on(monkeypatch, digits, tmp_path):
@@ -164,8 +165,13 @@ def test_outliers(fit_arguments, digits, tmp_path, capsys):
     threshold = persistence.load_threshold(tmp_path / "detector")
     assert threshold.target == "fpr" and threshold.n_ood == 714 and threshold.fpr <= 0.05
     assert "of 714 outlier samples" in capsys.readouterr().out
-    assert cli.main(replaced(fit_arguments, fpr=0.05)) == 1
-    assert "fpr needs scores of outliers" in capsys.readouterr().err
+    for change, message in (
+        ({"fpr": 0.05}, "--fpr needs outliers: name some by --outliers"),
+        ({"fpr": 0.05, "tpr": 0.9, "outliers": digits / "near"}, "leave one out"),
+        ({"holdout": 0.3}, "with --calibration, nothing is held out: leave out --holdout"),
+    ):
+        assert cli.main(replaced(fit_arguments, **change)) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["Energy", "NERO", "KNN", "ODIN", "ReAct"])
@@ -204,6 +210,41 @@ def test_npz(digits, fit_arguments, tmp_path):
     assert deployment.find_classes(write("train", "unnamed.npz")) == list("012345")
     files = list(deployed.score([digits / "validation"]))
     assert sorted(row.score for row in files) == pytest.approx(sorted(row.score for row in rows))
+
+
+def test_outliers_among_labeled_images_are_not_calibrated_on(digits, fit_arguments, tmp_path):
+    pairs = list(HandwrittenDigits("validation", range(6)))
+    x = np.stack([(255 * x[0]).byte().numpy() for x, _ in pairs])
+    y = np.array([y for _, y in pairs])
+    noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    mixed = tmp_path / "mixed.npz"
+    np.savez(mixed, x=np.concatenate([x, noise]), y=np.concatenate([y, np.full(300, -1)]))
+    assert cli.main(fit_arguments) == 0
+    expected = persistence.load_threshold(tmp_path / "detector")
+    assert cli.main(replaced(fit_arguments, calibration=mixed)) == 0
+    threshold = persistence.load_threshold(tmp_path / "detector")
+    assert threshold.n_id == 215 and threshold.value == pytest.approx(expected.value, rel=1e-5)
+
+
+def test_images_that_are_fitted_on_are_not_calibrated_on(fit_arguments, digits, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(digits / "train")
+    for change in (
+        {"calibration": digits / "train"},
+        {"calibration": tmp_path / "link"},
+        {"outliers": digits / "validation" / "3"},
+        {"outliers": digits / "train" / "3" / sorted(os.listdir(digits / "train" / "3"))[0]},
+    ):
+        assert cli.main(replaced(fit_arguments, **change)) == 1
+        assert "name others" in capsys.readouterr().err
+    assert not (tmp_path / "detector").exists()
+
+
+def test_a_classifier_that_is_wrong_is_warned_of(fit_arguments, tmp_path, capsys):
+    assert cli.main(replaced(fit_arguments, size=32)) == 0
+    assert "the classifier is wrong more often than right: check" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "detector")]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy:" in printed and "% of what it was calibrated on" in printed
 
 
 def test_unreadable_images_are_left_out(fit_arguments, digits, tmp_path, capsys):
@@ -411,6 +452,9 @@ def mixed(digits, tmp_path):
     whole = good[0].read_bytes()
     Image.new("RGBA", (90, 30), (255, 0, 0, 40)).save(folder / "good5.png")
     Image.new("P", (8, 8)).save(folder / "good6.gif")
+    pages = [Image.new("L", (8, 8), shade) for shade in (0, 255)]
+    pages[0].save(folder / "bad pages.tif", save_all=True, append_images=pages[1:])
+    os.mkfifo(folder / "bad pipe.png")
     Image.new("CMYK", (8, 8)).save(folder / "good7.jpg")
     Image.new("1", (1, 300)).save(folder / "good8.bmp")
     (folder / "bad empty.png").write_bytes(b"")
@@ -463,6 +507,38 @@ def test_images_that_break_the_network_are_rows(detector, digits, monkeypatch):
     for row, is_broken in zip(rows, broken):
         assert (row.error is not None) == is_broken == (row.score is None)
     assert "rows contain NaN or infinite values" in next(row.error for row in rows if row.error)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_scores_that_are_no_numbers_are_no_decisions(detector, digits, monkeypatch, value):
+    deployed = Deployed.load(detector)
+    monkeypatch.setattr(
+        deployed.detector.__class__,
+        "predict_features",
+        lambda self, z: torch.full((len(z),), float(value)),
+    )
+    (row,) = deployed.score([digits / "near" / "0000.png"])
+    assert row.decision is None and row.error == f"its score is {value}"
+
+
+def test_logits_that_are_no_numbers_are_no_decisions(detector, digits):
+    deployed = Deployed.load(detector)
+    with torch.no_grad():
+        deployed.split.head.bias[2] = float("nan")
+    (row,) = deployed.score([digits / "near" / "0000.png"])
+    assert row.decision is None and row.error == "its score is nan"
+
+
+def test_output_that_is_no_file_or_an_image(detector, digits, tmp_path, capsys):
+    image = tmp_path / "a.png"
+    shutil.copy(digits / "near" / "0000.png", image)
+    content = image.read_bytes()
+    arguments = ["score", "--detector", str(detector), "--data", str(image), "--output"]
+    assert cli.main([*arguments, str(image)]) == 1
+    assert "is one of the images: name another file" in capsys.readouterr().err
+    assert image.read_bytes() == content
+    assert cli.main([*arguments, str(tmp_path)]) == 1
+    assert "is no file: name one by --output" in capsys.readouterr().err
 
 
 def test_without_a_threshold(detector, digits, tmp_path, capsys):
@@ -528,6 +604,14 @@ def test_resuming_with_other_images_or_nothing(detector, digits, tmp_path, monke
     (tmp_path / f".scores.csv.{Deployed.load(detector).identity[:12]}.part").write_text("a,b\n")
     assert cli.main([*other, "--resume"]) == 1
     assert "is no file of scores: remove it" in capsys.readouterr().err
+    (partial,) = tmp_path.glob(".scores.csv.*.part")
+    header = ",".join(Row._fields)
+    partial.write_text(f"{header}\na.png,many,ID,0,\n")
+    assert cli.main([*other, "--resume"]) == 1
+    assert "is damaged (could not convert" in capsys.readouterr().err
+    # killed in the middle of a name with a line break
+    partial.write_text(f'{header}\n"a\n')
+    assert cli.main([*other, "--resume"]) == 0
 
 
 def test_file_names_that_are_not_utf8(detector, digits, tmp_path):

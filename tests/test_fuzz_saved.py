@@ -28,6 +28,7 @@ from safetensors.torch import save as safetensors_saved
 
 from pood_plugins import persistence, registry, split_model
 from pood_plugins.benchmark.digits import digits_classifier
+from pood_plugins.cli import _describe
 from pood_plugins.deployment import Deployed
 from pood_plugins.model.preprocessing import Preprocessing
 from pood_plugins.persistence import Saved, load, load_threshold, save
@@ -69,6 +70,8 @@ class Directory(Folder):
                 "arch": "digits",
                 "classes": ["a", "b", "c"],
                 "preprocessing": Preprocessing(8, (0.0,), (1.0,), channels=1).to_json(),
+                "fit_on": ["a.png", "b.png"],
+                "accuracy": 0.5,
             },
         )
         self.contents = {name: (self.place / name).read_bytes() for name in FILES}
@@ -98,6 +101,8 @@ class Directory(Folder):
         """All that can be read of it."""
         saved = Saved(self.place)
         saved.check()
+        with saved.reading():
+            _describe(saved)
         model = digits_classifier(num_classes=3)
         saved.load_weights(model)
         return load(self.place, self.split), load_threshold(self.place), model

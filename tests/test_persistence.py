@@ -395,6 +395,10 @@ DAMAGES = {
         lambda path: reseal(path, lambda c: c["attributes"].update(__class__=1)),
         "'__class__' is no name of an attribute",
     ),
+    "name of a method": (
+        lambda path: reseal(path, lambda c: c["attributes"].update(predict_features=1)),
+        "'predict_features' is no name of an attribute",
+    ),
     "tensor that is not there": (
         lambda path: reseal(path, lambda c: c["attributes"]["bank_"].update(tensor="nix")),
         "is damaged or no saved detector",
@@ -507,7 +511,7 @@ def test_failure_leaves_the_old_one_or_nothing(fitted, split, path, step, exists
 def test_killed_while_saving(fitted, split, path):
     """Wherever it ends, there is the old detector, the new one, or none; never a broken one."""
     energy = registry.build("Energy", split)
-    for step in ("save_file", "_checksum_of_file", "_sealed", "_sync"):
+    for step in ("save_file", "_checksum_of_file", "_separate", "_sync"):
         save(energy, path)
         child = os.fork()
         if child == 0:
@@ -537,6 +541,31 @@ def test_what_would_be_lost(fitted, path):
     with pytest.raises(ValueError, match="file is a file: name a directory"):
         save(fitted, file)
     assert file.read_text() == "mine"
+
+
+def test_files_of_others_with_the_same_names(fitted, path):
+    """As a checkpoint of another library has them."""
+    path.mkdir()
+    (path / "config.json").write_text('{"architectures": ["X"]}')
+    (path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="is no saved detector, since its config.json is"):
+        save(fitted, path, classifier={})
+    assert (path / "model.safetensors").read_bytes() == b"weights"
+    (path / "config.json").unlink()
+    with pytest.raises(ValueError, match="has no config.json"):
+        save(fitted, path, classifier={})
+
+
+def test_tilde_is_a_name_like_any_other(fitted, split, tmp_path, monkeypatch):
+    """What is checked is what is replaced."""
+    home = tmp_path / "home"
+    (home / "results").mkdir(parents=True)
+    (home / "results" / "thesis.txt").write_text("mine")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    save(fitted, "~/results")
+    assert (home / "results" / "thesis.txt").read_text() == "mine"
+    assert load(tmp_path / "~" / "results", split) is not None
 
 
 def test_link_to_a_directory(fitted, split, path):

@@ -159,6 +159,43 @@ def test_statement():
     ]
 
 
+def test_intervals_of_ties():
+    """What ties with the threshold is accepted, and the interval says so."""
+    scores = [1.0] * 30 + [2.0] * 20
+    threshold = calibrate(scores, 0.5)
+    assert threshold.tpr == 0.6
+    lower, upper = threshold.tpr_interval
+    # from below, as for the 25th of 50 scores; from above, as for a share of 30
+    assert binom.sf(24, 50, lower) == pytest.approx(0.025, rel=1e-6)
+    assert binom.cdf(30, 50, upper) == pytest.approx(0.025, rel=1e-6)
+    assert calibrate([1.0] * 4, 0.5).tpr_interval[1] == 1
+    by_fpr = calibrate([0.0], scores_ood=scores, fpr=0.7)
+    assert by_fpr.fpr == 0.6
+    lower, upper = by_fpr.fpr_interval
+    assert binom.sf(29, 50, lower) == pytest.approx(0.025, rel=1e-6)
+    assert binom.sf(35, 50, upper) == pytest.approx(0.975, rel=1e-6)
+
+
+def test_coverage_with_ties():
+    """Scores are rounded to tenths, so the share up to a score is known."""
+    generator = np.random.default_rng(0)
+    misses = 0
+    for _ in range(1500):
+        threshold = calibrate(np.floor(10 * generator.random(100)) / 10, 0.85, confidence=0.9)
+        lower, upper = threshold.tpr_interval
+        misses += not lower <= round(threshold.value + 0.1, 6) <= upper + 1e-9
+    assert misses / 1500 <= 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"value": math.nan}, {"tpr": 1.5}, {"tpr_interval": (0.9, 0.1)}, {"fpr": -1.0}]
+)
+def test_thresholds_that_make_no_sense(wrong):
+    sound = calibrate([1.0, 2.0], scores_ood=[3.0])
+    with pytest.raises(ValueError, match="must be"):
+        dataclasses.replace(sound, **wrong)
+
+
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Threshold(0.0, "tpr", 1, 1.0, (0.0, 1.0)).value = 1.0

@@ -263,13 +263,18 @@ def _walk(folder: _Path) -> Iterator[tuple[str, list[str], list[str]]]:
 def read_image(path: Path, cut: bool = True) -> Image.Image:
     """
     :param path: image file
-    :param cut: convert images with more than 8 bits per channel as ``ImageFolder`` does, which
-        cuts them at 255, and do not refuse them
+    :param cut: do as ``ImageFolder`` does, which cuts grey levels of more than 8 bits at 255 and
+        takes the first of several pages or frames, and do not refuse such images
     :return: RGB image
     :raises ValueError: if the file can't be read as an image, with its name and the reason
     """
     try:
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise ValueError("No such file")
         with Image.open(path) as image:
+            # photographs of telephones are MPO, with a small picture after the first
+            if not cut and image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"it has {image.n_frames} pages or frames")
             if not cut and image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has more than 8 bits per channel, mode {image.mode}")
             if image.format == "EPS":  # Pillow would have Ghostscript run it

@@ -676,8 +676,11 @@ class GROOD(FeaturesDetector):
         """
         prototypes, ood_prototype, bank, temperature = self._fitted_state()
         indices = self.bank_indices_
-        if indices is None:  # of a fit before there were explanations
-            raise RequiresFittingException()
+        if indices is None:
+            raise RequiresFittingException(
+                "The detector was fitted by a version that did not keep what explanations need. "
+                "Call fit() again."
+            )
         self._check_hyperparameters()
         _check_features(z, bank.shape[1])
         lengths = self.bank_lengths_
@@ -690,14 +693,19 @@ class GROOD(FeaturesDetector):
             return grood_gradients(chunk, prototypes, ood_prototype, temperature)
 
         distances, found = nearest_rows(z, rows, max(k, n), batch_size, transform=gradients)
-        probability, _ = _probability(z, prototypes, ood_prototype, temperature)
-        to_prototypes = torch.cdist(z, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
+        probabilities, parts = [], []
+        for chunk in z.split(batch_size):
+            p, _ = _probability(chunk, prototypes, ood_prototype, temperature)
+            probabilities.append(p.float())
+            mode = "donot_use_mm_for_euclid_dist"
+            parts.append(torch.cdist(chunk, prototypes, compute_mode=mode))
+        to_prototypes = torch.cat(parts)
         classes = torch.tensor(self.classes_, device=z.device)
         return Explanation(
             score=distances[:, k - 1].contiguous(),
             nearest_class=classes[to_prototypes.argmin(dim=1)],
             distances=to_prototypes,
-            probability=probability.float(),
+            probability=torch.cat(probabilities),
             neighbors=indices[found[:, :n]],
             neighbor_distances=distances[:, :n].contiguous(),
         )

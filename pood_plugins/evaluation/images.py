@@ -155,7 +155,10 @@ def run_images(
     if distributed.rank() == 0 and any(not result.error for result in report.results):
         report.bootstrap()
         if sheets:
-            report.sheets = explanation_sheets(report, benchmark, built, preprocessing)
+            try:
+                report.sheets = explanation_sheets(report, benchmark, built, preprocessing)
+            except (ImportError, OSError, ValueError) as error:  # the table is worth more
+                log.warning(f"There are no explanations: {error}")
     report.metadata.update(
         benchmark=name,
         arch=arch,

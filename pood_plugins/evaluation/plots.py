@@ -172,7 +172,8 @@ def plain(text: str) -> str:
     :param text: a name that somebody gave
     :return: the same for matplotlib, to which a dollar sign begins a formula
     """
-    return text.replace("$", r"\$")
+    # bytes of file names that are no text can't be drawn
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def _ranks(scores_id: Tensor, scores_ood: Tensor) -> tuple[Tensor, Tensor]:

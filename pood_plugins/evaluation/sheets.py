@@ -68,7 +68,8 @@ def _page(
                 return view_of(preprocessing, train_set[position][0])
 
             explanation = detector.explain(batch)
-            plot_grood(explanation, 0, view, path, caption, picture=picture)
+            classes = [f"class {class_id}" for class_id in detector.classes_ or ()]
+            plot_grood(explanation, 0, view, path, caption, classes, picture=picture)
         else:
             layer = split.stages[-1] if split.feature_maps is not None and split.stages else None
             try:

@@ -17,7 +17,7 @@ from typing import Any
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-_LARGEST = 1 << 14
+_LARGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,22 @@ class Preprocessing:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        resize = self.resize if isinstance(self.resize, tuple) else (self.resize or 1,)
+        pair = isinstance(self.resize, tuple)
+        resize: tuple[Any, ...] = (self.size if self.resize is None else self.resize,)
+        if isinstance(self.resize, tuple):
+            resize = self.resize
         for pixels in (self.size, *resize):
+            if isinstance(pixels, bool) or not isinstance(pixels, int):
+                raise ValueError(f"sizes are whole numbers of pixels, and not {pixels!r}")
             if not 1 <= pixels <= _LARGEST:
                 raise ValueError(
                     f"images can't be {pixels} pixels high: --size must be 1 to {_LARGEST}"
                 )
+        if min(resize) < self.size or len(resize) != 1 + pair:
+            raise ValueError(
+                f"images of {' x '.join(map(str, resize))} pixels can't be cropped to "
+                f"{self.size}: --resize must be at least --size"
+            )
         if self.channels not in (1, 3):
             raise ValueError(f"images have 3 channels or, if grey, 1, and not {self.channels}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -129,6 +139,11 @@ class Preprocessing:
         :return: the same
         """
         size, crop = preprocessing.size, preprocessing.crop_size or preprocessing.size
+        if crop[0] != crop[1]:
+            raise ValueError(
+                f"pytorch-ood crops {crop[0]} x {crop[1]} pixels, which is not supported: give "
+                "--size, --mean and --std"
+            )
         return cls(crop[0], tuple(preprocessing.mean), tuple(preprocessing.std), tuple(size))
 
     @classmethod
@@ -161,7 +176,12 @@ def complete(
 ) -> Preprocessing:
     """
     :param found: what is known of the classifier, None if nothing is
-    :param size: given instead, like the others, see :class:`Preprocessing`
+    :param size: given in place of what is known
+    :param mean: likewise
+    :param std: likewise
+    :param resize: likewise
+    :param interpolation: likewise
+    :param channels: likewise
     :return: what is known, but for what is given
     :raises ValueError: if it is not complete
     """
@@ -169,7 +189,7 @@ def complete(
     given.update(resize=resize, interpolation=interpolation, channels=channels)
     given = {name: value for name, value in given.items() if value is not None}
     known = {} if found is None else found.to_json()
-    if size is not None and resize is None:
+    if size not in (None, known.get("size")) and resize is None:
         known.pop("resize", None)  # it was that of another size
     missing = [name for name in ("size", "mean", "std") if name not in {**known, **given}]
     if missing:

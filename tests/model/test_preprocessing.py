@@ -144,6 +144,11 @@ def test_json(preprocessing):
     [
         ({"size": 0}, "can't be 0 pixels high: --size must be 1 to"),
         ({"resize": (8, -1)}, "can't be -1 pixels"),
+        ({"resize": 4}, "can't be cropped to 8: --resize must be at least --size"),
+        ({"resize": (9, 4)}, "images of 9 x 4 pixels can't be cropped to 8"),
+        ({"resize": (9,)}, "can't be cropped"),
+        ({"size": 8.5}, "whole numbers of pixels, and not 8.5"),
+        ({"size": 5000}, "--size must be 1 to 4096"),
         ({"channels": 2}, "3 channels or, if grey, 1, and not 2"),
         ({"mean": (0.1, 0.2)}, "--mean must be 3 numbers, or 1 for all channels"),
         ({"std": (0.1, 0.2, 0.0)}, "--std must be above 0"),
@@ -163,6 +168,7 @@ def test_complete():
     # what was resized before belongs to the size
     assert complete(known, 64) == Preprocessing(64, MEAN, STD, None, "bicubic")
     assert complete(known, 64, resize=70).resize == 70
+    assert complete(known, 224) == known
     assert complete(None, 8, MEAN, STD, 9, "nearest") == Preprocessing(8, MEAN, STD, 9, "nearest")
     with pytest.raises(ValueError, match="scores silently wrong: give --size, --mean, --std of"):
         complete(None)
