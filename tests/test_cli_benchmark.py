@@ -320,7 +320,8 @@ def test_features_cache(place, tmp_path, no_pictures):
         n_seen.append(sys.modules.pop("generated_networks").n_seen)
     assert without_times(tmp_path / "cold") == without_times(tmp_path / "plain")
     assert without_times(tmp_path / "warm") == without_times(tmp_path / "cold")
-    assert n_seen[1] == n_seen[0] >= 7 * N + n_seen[2] and n_seen[2] < N
+    # what is left is what splitting takes
+    assert n_seen[1] == n_seen[0] >= 7 * N + n_seen[2] and n_seen[2] < 2 * N
 
 
 @pytest.mark.filterwarnings("default")

@@ -102,7 +102,8 @@ def run_digits(
         "seconds": round(time.perf_counter() - start, 1),
     }
     report = Report.combine(reports, metadata)
-    report.sheets = pages
+    if pages:
+        report.sheets = pages
     return report
 
 
