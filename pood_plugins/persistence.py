@@ -432,7 +432,13 @@ def check_replaceable(path: Path, losing_model: bool) -> None:
             "another directory for the detector"
         )
     if names:
-        Saved(path)  # or these are somebody else's files of the same names
+        try:
+            Saved(path)
+        except ValueError as error:  # somebody else's files may have the same names
+            raise ValueError(
+                f"{path} is there, and is no sound saved detector: remove it, or name another "
+                "directory"
+            ) from error
     if _MODEL in names and losing_model:
         raise ValueError(
             f"{path} holds the weights of its classifier, too, which would be lost: name another "

@@ -548,11 +548,12 @@ def test_files_of_others_with_the_same_names(fitted, path):
     path.mkdir()
     (path / "config.json").write_text('{"architectures": ["X"]}')
     (path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(ValueError, match="is no saved detector, since its config.json is"):
+    message = "is there, and is no sound saved detector: remove it, or name another directory"
+    with pytest.raises(ValueError, match=message):
         save(fitted, path, classifier={})
     assert (path / "model.safetensors").read_bytes() == b"weights"
     (path / "config.json").unlink()
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match=message):
         save(fitted, path, classifier={})
 
 
