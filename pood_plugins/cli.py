@@ -314,20 +314,10 @@ def _add_fit(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_score(commands: Any, common: argparse.ArgumentParser) -> None:
     score = commands.add_parser(
-        "score", parents=[common, _reading(64)], help="score images with a saved detector"
+        "score",
+        parents=[common, _saved(), _reading(64)],
+        help="score images with a saved detector",
     )
-    score.add_argument(
-        "--detector", type=Path, required=True, metavar="DIR", help="what pood fit wrote"
-    )
-    score.add_argument(
-        "--data",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="image files, folders and npz",
-    )
-    score.add_argument("--arch", metavar="NAME", help="needed if it is package.module:name")
     score.add_argument(
         "--output",
         type=Path,
@@ -343,20 +333,10 @@ def _add_score(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_explain(commands: Any, common: argparse.ArgumentParser) -> None:
     explain = commands.add_parser(
-        "explain", parents=[common, _reading(64)], help="tell why images have their scores"
+        "explain",
+        parents=[common, _saved(), _reading(64)],
+        help="tell why images have their scores",
     )
-    explain.add_argument(
-        "--detector", type=Path, required=True, metavar="DIR", help="what pood fit wrote"
-    )
-    explain.add_argument(
-        "--data",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="image files, folders and npz",
-    )
-    explain.add_argument("--arch", metavar="NAME", help="needed if it is package.module:name")
     explain.add_argument(
         "--most",
         type=_positive,
@@ -393,6 +373,24 @@ def _classifier() -> argparse.ArgumentParser:
         parser.add_argument(
             flag, type=float, nargs="+", metavar="X", help="of the channels, for normalization"
         )
+    return parser
+
+
+def _saved() -> argparse.ArgumentParser:
+    """Arguments for a saved detector and the images that are given to it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--detector", type=Path, required=True, metavar="DIR", help="what pood fit wrote"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="image files, folders and npz",
+    )
+    parser.add_argument("--arch", metavar="NAME", help="needed if it is package.module:name")
     return parser
 
 

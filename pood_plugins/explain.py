@@ -60,8 +60,7 @@ from torch import Tensor
 from .benchmark.folder import read_image
 from .deployment import Deployed, _Batches, _find, _Images, _Item
 from .detector import grood, nero
-from .evaluation.plots import _save, plain
-from .evaluation.report import _import
+from .evaluation.plots import _save, empty_figure, plain
 from .model.preprocessing import Preprocessing
 from .threshold import Threshold
 from .training.checkpoint import reason, replacing
@@ -266,7 +265,7 @@ def plot_contact_sheet(views: Sequence[Tensor], captions: Sequence[str], path: P
     """
     columns = min(4, len(views))
     rows = -(-len(views) // columns)
-    figure = _figure(3.0 * columns, 3.5 * rows)
+    figure = empty_figure(3.0 * columns, 3.5 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for i, axis in enumerate(axes):
         if i < len(views):
@@ -285,7 +284,7 @@ def plot_scores(scores: Tensor, path: Path, threshold: Threshold | None = None) 
     :param threshold: for these scores
     """
     scores = scores.double()
-    figure = _figure(6.4, 3.2)
+    figure = empty_figure(6.4, 3.2)
     axis = figure.subplots()
     low, median = float(scores.min()), float(scores.median())
     # a few scores that are far away would press all others together
@@ -433,19 +432,8 @@ def view_of(preprocessing: Preprocessing, x: Tensor) -> Tensor:
 # drawing
 
 
-def _figure(width: float, height: float) -> Any:
-    _import("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # without pyplot: no window, no global state
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _page(widths: Sequence[float], caption: str) -> tuple[Any, Sequence[Any]]:
-    figure = _figure(3.2 * sum(widths), 4.0)
+    figure = empty_figure(3.2 * sum(widths), 4.0)
     if caption:
         figure.suptitle(plain("   ".join(caption.splitlines())), fontweight="bold")
     return figure, figure.subplots(1, len(widths), width_ratios=widths)

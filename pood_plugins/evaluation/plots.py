@@ -186,14 +186,25 @@ def _ranks(scores_id: Tensor, scores_ood: Tensor) -> tuple[Tensor, Tensor]:
     return ranks[: len(scores_id)], ranks[len(scores_id) :]
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def empty_figure(width: float, height: float) -> Any:
+    """
+    :param width: in inches
+    :param height: in inches
+    :return: figure of matplotlib
+    :raises ImportError: without matplotlib
+    """
     _import("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # without pyplot: no window, no global state
-    figure = Figure(figsize=(width * columns + 0.8, height * rows + 1.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    figure = empty_figure(width * columns + 0.8, height * rows + 1.2)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
