@@ -1,72 +1,52 @@
 """
-Finds the detectors, losses and benchmarks that installed distributions add to pytorch-ood.
+Everything that is installed, by name: the classes that pytorch-ood has itself, and those that
+distributions add to it by entry points.
 
-A distribution adds a class with an entry point in the group ``pytorch_ood.detectors``,
-``pytorch_ood.losses`` or ``pytorch_ood.benchmarks``. Nothing is imported before
-:meth:`PluginInfo.load`: listing reads metadata, and for pytorch-ood itself source text.
+Nothing is imported before :meth:`PluginInfo.load`: listing reads metadata, and for pytorch-ood
+itself source text.
 """
 
 import ast
 import difflib
 import importlib.metadata
 import importlib.util
-import logging
 import re
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional
+from types import ModuleType
+from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Optional
 
-log = logging.getLogger(__name__)
+from . import entry_points
 
-# kind, which also names the subpackage of pytorch-ood -> entry-point group and base class
-_KINDS = {
-    "detector": ("pytorch_ood.detectors", "pytorch_ood.api:Detector"),
-    "loss": ("pytorch_ood.losses", "torch.nn:Module"),
-    "benchmark": ("pytorch_ood.benchmarks", "pytorch_ood.benchmark:Benchmark"),
-}
+if TYPE_CHECKING:
+    from .entry_points import PluginInfo as PluginInfo
 
 
-@dataclass(frozen=True)
-class PluginInfo:
+def _pytorch_ood() -> Optional[Path]:
+    """Folder of the installed pytorch-ood, which is not imported: that takes seconds."""
+    spec = importlib.util.find_spec("pytorch_ood")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return Path(folders[0]) if folders else None
+
+
+def _finder() -> ModuleType:
     """
-    What is known of a registered class without importing it.
+    What finds entry points: ``pytorch_ood.registry``, as which :mod:`pood_plugins.entry_points` is
+    offered to pytorch-ood, where it has taken it, and ours otherwise.
     """
+    folder = _pytorch_ood()
+    path = folder / "registry.py" if folder is not None else None
+    if path is None or not path.is_file() or "def find_plugins(" not in path.read_text("utf-8"):
+        return entry_points
+    spec = importlib.util.spec_from_file_location("pytorch_ood.registry", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    name: str  #: name of the class
-    kind: str  #: ``"detector"``, ``"loss"`` or ``"benchmark"``
-    origin: str  #: normalised name of the distribution that adds it, e.g. ``"pytorch-ood"``
-    version: str  #: version of that distribution
-    target: str  #: where it is imported from, as ``module:attribute``
 
-    @property
-    def qualified_name(self) -> str:
-        """``origin:name``, which stays unique when several distributions claim one name."""
-        return f"{self.origin}:{self.name}"
-
-    def load(self) -> type:
-        """
-        Import the class.
-
-        :raises ImportError: if that fails or gives anything but a subclass of pytorch-ood's base
-            class (:class:`torch.nn.Module` for losses). The text names distribution and target.
-        """
-        _, base_target = _KINDS[self.kind]
-        base = EntryPoint("base", base_target, "").load()
-        source = f"'{self.target}' of {self.origin} {self.version}"
-        try:
-            loaded = EntryPoint(self.name, self.target, "").load()
-        except Exception as error:
-            raise ImportError(
-                f"{self.kind} {self.name} cannot be imported from {source} (repair or uninstall "
-                f"it): {type(error).__name__}: {error}"
-            ) from error
-        if not (isinstance(loaded, type) and issubclass(loaded, base)):
-            raise ImportError(
-                f"{self.kind} {self.name} must be a subclass of {base_target.replace(':', '.')}, "
-                f"which {source} is not (repair or uninstall it)"
-            )
-        return loaded
+_FINDER = _finder()
+if not TYPE_CHECKING:
+    PluginInfo = _FINDER.PluginInfo
 
 
 def list_detectors() -> List[str]:
@@ -143,41 +123,22 @@ def _names(kind: str) -> List[str]:
 
 def _index(kind: str) -> Dict[str, List[PluginInfo]]:
     """Classes by their bare and by their qualified names."""
-    if kind not in _KINDS:
-        raise ValueError(f"unknown kind '{kind}': choose from {', '.join(_KINDS)}")
+    plugins = _FINDER.find_plugins(kind)
     index: Dict[str, List[PluginInfo]] = {}
     # one entry per qualified name, also if pytorch-ood should come to register its own classes
-    for info in {i.qualified_name: i for i in [*_plugins(kind), *_upstream(kind)]}.values():
+    for info in {i.qualified_name: i for i in [*plugins, *_upstream(kind)]}.values():
         for name in (info.name, info.qualified_name):
             index.setdefault(_key(name), []).append(info)
     return index
 
 
-def _plugins(kind: str) -> Iterator[PluginInfo]:
-    group, _ = _KINDS[kind]
-    origins = set()
-    for distribution in importlib.metadata.distributions():
-        try:
-            entry_points = [e for e in distribution.entry_points if e.group == group]
-            if not entry_points:
-                continue
-            origin, version = _normalized(distribution.metadata["Name"]), distribution.version
-        except Exception as error:
-            log.warning(f"Skipped a distribution with unreadable metadata: {error!r}")
-            continue
-        if origin not in origins:  # a second copy further down sys.path is not the one imported
-            origins.add(origin)
-            for entry_point in entry_points:
-                yield PluginInfo(entry_point.name, kind, origin, version, entry_point.value)
-
-
 def _upstream(kind: str) -> Iterator[PluginInfo]:
-    spec = importlib.util.find_spec("pytorch_ood")
-    if spec is None or not spec.submodule_search_locations:
+    folder = _pytorch_ood()
+    if folder is None:
         return
     version = importlib.metadata.version("pytorch-ood")
-    base = _KINDS[kind][1].rpartition(":")[2]
-    for name in _exported_classes(Path(spec.submodule_search_locations[0]) / kind):
+    base = _FINDER.KINDS[kind][1].rpartition(":")[2]
+    for name in _exported_classes(folder / kind):
         if name != base:
             yield PluginInfo(name, kind, "pytorch-ood", version, f"pytorch_ood.{kind}:{name}")
 

@@ -9,6 +9,7 @@ import copy
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from pytorch_ood.api import Detector
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pood_plugins import registry
+from pood_plugins import _loader, entry_points, registry
 from pood_plugins.model.split import split_model
 
 N_CLASSES = 3
+OFFERED = Path(entry_points.__file__).read_text("utf-8")
 NOT_BUILDABLE = {"MCM": "text_embeddings", "WeightedEBO": "weights"}
 
 UPSTREAM = sorted(
@@ -302,16 +304,6 @@ def test_class_name_goes_before_alias(install):
     assert registry.get_info("MaxSoftmax").origin == "pytorch-ood"
 
 
-def test_first_copy_of_a_distribution_shadows_later_ones(install, tmp_path, monkeypatch):
-    source = DETECTOR_SOURCE.format(name="Old", signature="self")
-    install("twice", source, detectors=["Old"])
-    (tmp_path / "twice").rename(tmp_path / "behind")
-    install("twice", source.replace("Old", "New"), version="2.0", detectors=["New"])
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "behind")])
-    assert "New" in registry.list_detectors()
-    assert "Old" not in registry.list_detectors()
-
-
 @pytest.mark.parametrize(
     "source, cause",
     [
@@ -329,27 +321,22 @@ def test_broken_plugin_fails_by_name_and_alone(install, source, cause):
     assert registry.load("KNN") is upstream_detectors.KNN
 
 
-@pytest.mark.parametrize("source", ["class Odd: pass", "def Odd(): pass", "Odd = 3"])
+# -- pytorch-ood's own registry ------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "kind, group, base",
-    [
-        ("detector", "detectors", "pytorch_ood.api.Detector"),
-        ("loss", "losses", "torch.nn.Module"),
-        ("benchmark", "benchmarks", "pytorch_ood.benchmark.Benchmark"),
-    ],
+    "text, taken", [(OFFERED, True), ("raise RuntimeError", False), (None, False)]
 )
-def test_wrong_type_is_refused(install, source, kind, group, base):
-    install("odd", source, **{group: ["Odd"]})
-    with pytest.raises(ImportError, match=f"{kind} Odd must be a subclass of {base}.*odd 1.0"):
-        registry.load("Odd", kind=kind)
-
-
-def test_unreadable_distribution_is_skipped_with_a_warning(install, tmp_path, caplog):
-    install("torn", "", detectors=["Torn"])
-    (tmp_path / "torn" / "torn-1.0.dist-info" / "METADATA").unlink()
-    assert set(UPSTREAM) < set(registry.list_detectors())
-    assert "Torn" not in registry.list_detectors()
-    assert "unreadable metadata" in caplog.text
+def test_finder_of_pytorch_ood_is_used_where_there_is_one(tmp_path, monkeypatch, text, taken):
+    path = tmp_path / "registry.py"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(_loader, "_pytorch_ood", lambda: tmp_path)
+    finder = _loader._finder()
+    assert finder.__file__ == str(path if taken else entry_points.__file__)
+    names = {plugin.qualified_name for plugin in finder.find_plugins()}
+    assert "pood-plugins:GROOD" in names
+    assert "pytorch_ood.registry" not in sys.modules
 
 
 # -- build -----------------------------------------------------------------------------
