@@ -69,7 +69,7 @@ def run(
     *,
     device: str | torch.device = "cpu",
     loader_kwargs: Mapping[str, Any] | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     max_images: Mapping[str, int] | None = None,
 ) -> Report:
     """
@@ -171,10 +171,14 @@ def _attempt(detector: Detector, device: torch.device, result: Result) -> Iterat
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            for model in _models(detector):
+            parts = list(_detectors(detector))
+            models = [model for part in parts for model in _models(part)]
+            for model in models:
                 model.eval()
-            detector.to(device)
-            yield
+            for part in parts:
+                part.to(device)
+            with _gradients_kept(models):
+                yield
     except _BrokenBenchmark as error:
         raise ValueError(str(error)) from None
     except distributed.ProcessError:
@@ -182,6 +186,19 @@ def _attempt(detector: Detector, device: torch.device, result: Result) -> Iterat
     except Exception as error:
         log.debug(f"{result.detector} failed", exc_info=True)
         result.error = f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _gradients_kept(models: list[nn.Module]) -> Iterator[None]:
+    """Some detectors add to the gradients of the weights, which nobody trains here."""
+    kept = [(p, p.grad) for model in models for p in model.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
 
 def _own_rows(sources: Mapping[str, "_Source"]) -> list[str]:
@@ -217,16 +234,16 @@ class _Data:
         self.arguments = arguments
         self.device = device
         self.cache = cache
-        self._test_sets: list[tuple[str, Dataset]] = []
+        self._test_sets: list[tuple[str, Dataset[Any]]] = []
         self._keys: dict[int, str | None] = {}  # by identity of data sets, which are kept here
-        self._kept: list[Dataset] = []
+        self._kept: list[Dataset[Any]] = []
 
-    def test_sets(self) -> list[tuple[str, Dataset]]:
+    def test_sets(self) -> list[tuple[str, Dataset[Any]]]:
         """The ID test set, named ID, and the OOD test sets."""
         self._test_sets = self._test_sets or _test_sets(self.benchmark)
         return self._test_sets
 
-    def key(self, dataset: Dataset) -> str | None:
+    def key(self, dataset: Dataset[Any]) -> str | None:
         if self.cache.directory is None:
             return None
         if id(dataset) not in self._keys:
@@ -235,7 +252,7 @@ class _Data:
         return self._keys[id(dataset)]
 
     def batches(
-        self, dataset: Dataset, description: str, shared: bool = False
+        self, dataset: Dataset[Any], description: str, shared: bool = False
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """
         Batches, any number of times: all, or the share of this process. What can't be read is the
@@ -247,7 +264,7 @@ class _Data:
 class _Batches:
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset[Any],
         arguments: Mapping[str, Any],
         device: torch.device,
         description: str,
@@ -350,7 +367,9 @@ class _Stored(Benchmark):
         if fit and self.train is None:
             self.train = self._output(data, data.benchmark.train_set(), "train")
 
-    def _output(self, data: _Data, dataset: Dataset, description: str) -> tuple[Tensor, Tensor]:
+    def _output(
+        self, data: _Data, dataset: Dataset[Any], description: str
+    ) -> tuple[Tensor, Tensor]:
         def compute() -> dict[str, Any]:
             outputs, labels = [], []
             start = time.perf_counter()
@@ -387,15 +406,15 @@ class _Stored(Benchmark):
                 "labels must be columns of the classifier"
             )
 
-    def train_set(self) -> Dataset:
+    def train_set(self) -> Dataset[Any]:
         return [self.train]  # type: ignore[return-value]
 
-    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset]:
+    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset[Any]]:
         assert known and unknown and self.known is not None
         return [[self.known, ood] for ood in self.unknown]  # type: ignore[misc]
 
 
-def _test_sets(benchmark: Benchmark) -> list[tuple[str, Dataset]]:
+def _test_sets(benchmark: Benchmark) -> list[tuple[str, Dataset[Any]]]:
     """The ID test set and the OOD test sets, by name, if they are what a benchmark promises."""
     known = benchmark.test_sets(known=True, unknown=False)
     unknown = benchmark.test_sets(known=False, unknown=True)
@@ -408,7 +427,7 @@ def _test_sets(benchmark: Benchmark) -> list[tuple[str, Dataset]]:
         )
     sets = [("ID", known[0]), *zip(names, unknown)]
     for name, dataset in sets:
-        if len(dataset) == 0:  # type: ignore[arg-type]
+        if len(dataset) == 0:
             raise _BrokenBenchmark(
                 f"The test set '{name}' of {type(benchmark).__name__} is empty: there is nothing "
                 "to compare. Check the data folder."
@@ -438,6 +457,9 @@ def _evaluate_stored(detector: Detector, source: _Source, stored: _Stored, resul
         assert stored.train is not None
         z, y = stored.train
         stored.check_labels(y)
+        if result.baseline:
+            # fit() of pytorch-ood's detectors drops outliers before they see them
+            z, y = z[y >= 0], y[y >= 0]
         with torch.no_grad():
             z = rest(z.to(stored.device)).cpu()
         start = time.perf_counter()
@@ -459,7 +481,7 @@ class _Replay(Detector):
     def predict(self, x: Tensor) -> Tensor:
         return x
 
-    def fit(self, data_loader: DataLoader) -> "_Replay":
+    def fit(self, data_loader: DataLoader[Any]) -> "_Replay":
         return self
 
 
@@ -472,7 +494,7 @@ def _evaluate_raw(detector: Detector, data: _Data, result: Result) -> None:
         fit_seconds = None
         if train is not None:
             start = time.perf_counter()
-            detector.fit(data.batches(train, "fit"))  # type: ignore[attr-defined]
+            detector.fit(data.batches(train, "fit"))
             fit_seconds = time.perf_counter() - start
         scores, labels, seconds = [], [], 0.0
         for name, dataset in sets:
@@ -527,7 +549,7 @@ def _limit(max_images: Mapping[str, int], row: str, largest: int) -> int | None:
     return limit if limit < largest else None
 
 
-def _drawn(dataset: Dataset, n: int | None) -> Dataset:
+def _drawn(dataset: Dataset[Any], n: int | None) -> Dataset[Any]:
     """A random part of a data set, the same in every run."""
     if n is None or n >= len(dataset):  # type: ignore[arg-type]
         return dataset
@@ -592,7 +614,7 @@ def _recorded(detector: Detector) -> Iterator[_Record]:
             start = time.perf_counter()
             depth += 1
             try:
-                scores = method(*args, **kwargs)
+                scores: Tensor = method(*args, **kwargs)
             finally:
                 depth -= 1
             if depth == 0:  # `predict` may call `predict_features`
@@ -612,6 +634,14 @@ def _recorded(detector: Detector) -> Iterator[_Record]:
     finally:
         for method in methods:
             delattr(detector, method)
+
+
+def _detectors(detector: Detector) -> Iterator[Detector]:
+    """A detector, and those that it holds: its ``to`` leaves these where they are."""
+    yield detector
+    for value in vars(detector).values():
+        if isinstance(value, Detector):
+            yield from _detectors(value)
 
 
 def _models(detector: Detector) -> Iterator[nn.Module]:

@@ -7,7 +7,16 @@ import pytest
 import torch
 from pytorch_ood.api import FeaturesDetector, LogitsDetector
 from pytorch_ood.benchmark import Benchmark
-from pytorch_ood.detector import KNN, MCD, ODIN, EnergyBased, Mahalanobis, MaxSoftmax, ReAct
+from pytorch_ood.detector import (
+    KNN,
+    MCD,
+    ODIN,
+    EnergyBased,
+    Mahalanobis,
+    MahalanobisODIN,
+    MaxSoftmax,
+    ReAct,
+)
 from pytorch_ood.metrics import OODMetrics
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
@@ -273,6 +282,40 @@ def test_empty_sets_name_the_set(split):
         run(Blobs(n_ood=0), {"MSP": MaxSoftmax(split)})
     with pytest.raises(ValueError, match="'ID' of Blobs is empty"):
         run(Blobs(n_id=0), {"MSP": MaxSoftmax(split)})
+
+
+def test_detectors_that_hold_others(network):
+    """MahalanobisODIN keeps the encoder in a Mahalanobis, and adds to gradients of the weights."""
+    split = split_model(network.train(), example=torch.zeros(2, 1, 6, 6))
+    gradients = [torch.full_like(p, 3.0) for p in network.parameters()]
+    for parameter, gradient in zip(network.parameters(), gradients):
+        parameter.grad = gradient
+    detector = MahalanobisODIN(split.encoder)
+    statistics = network[1].running_mean.clone()
+    report = run(Blobs(), {"row": detector}, loader_kwargs={"batch_size": 32})
+    assert not report.failed, report.failed[0].error
+    assert not network[1].training and torch.equal(network[1].running_mean, statistics)
+    for parameter, gradient in zip(network.parameters(), gradients):
+        assert parameter.grad is gradient and (gradient == 3).all()
+
+
+@pytest.mark.parametrize("name", ["ViM", "NCI", "fDBD", "OpenMax", "Mahalanobis", "KNN"])
+def test_outliers_in_the_training_set_are_as_in_fit(split, name):
+    """pytorch-ood's ``fit`` drops them, which not all its ``fit_features`` do."""
+
+    class WithOutliers(Blobs):
+        def train_set(self):
+            return ConcatDataset([self.train, self.oods[1]])
+
+    arguments = {"OpenMax": {"tailsize": 5}, "KNN": {"k": 5}, "ViM": {"d": 4}}.get(name, {})
+    scores = []
+    for benchmark in (Blobs(), WithOutliers()):
+        report = run(benchmark, {"row": registry.build(name, split, **arguments)})
+        assert not report.failed, report.failed[0].error
+        scores.append(report.results[0].scores)
+    for before, after in zip(scores[0].values(), scores[1].values()):
+        for x, y in zip(before, after):
+            assert torch.equal(x, y)
 
 
 def test_sets_without_outliers_name_the_set(split):
