@@ -9,6 +9,11 @@ registers as a member of ``pytorch_ood.detector``, ``.loss`` and ``.benchmark``.
 classes there by the name of their module, so for this process they are given another. The source
 distribution lacks some helpers; ``stand_ins`` has replacements.
 
+    python tests/upstream/run.py --tree FOLDER [--classes NAME ...]
+
+runs the tests of a checkout or an unpacked source distribution on the package in it, which has to
+export classes of these names. ``benchmarks/upstream_patch.py`` checks its patches so.
+
 The exit status is 0 if all tests passed and 1 if not. Without a network it is 2, or 0 if
 ``ALLOW_SKIP=1`` is set.
 """
@@ -23,7 +28,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
 
@@ -46,19 +51,26 @@ def main() -> int:
     parser.add_argument(
         "--distribution", default="pood-plugins", help="whose classes (default: %(default)s)"
     )
-    distribution = parser.parse_args().distribution
-    version = importlib.metadata.version("pytorch-ood")
+    parser.add_argument("--tree", type=Path, help="whose tests and package (default: a download)")
+    parser.add_argument("--classes", nargs="*", default=[], help="of the tree, to be tested")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        try:
-            write_tests(download(version, folder / "download"), folder)
-        except DownloadError as error:
-            print(f"The tests of pytorch-ood {version} were not run: {error}", file=sys.stderr)
-            return 0 if os.environ.get("ALLOW_SKIP") == "1" else 2
-        members = add_members(distribution)
-        names = ", ".join(member.__name__ for member in members)
-        print(f"pytorch-ood {version} with {names} of {distribution}", flush=True)
-        return run(folder, members)
+        tree = options.tree
+        if tree is None:
+            version = importlib.metadata.version("pytorch-ood")
+            try:
+                tree = unpack(download(version, folder / "download"), folder / "unpacked")
+            except DownloadError as error:
+                print(f"The tests of pytorch-ood {version} were not run: {error}", file=sys.stderr)
+                return 0 if os.environ.get("ALLOW_SKIP") == "1" else 2
+            members = add_members(options.distribution)
+            names = ", ".join(member.__name__ for member in members)
+            print(f"pytorch-ood {version} with {names} of {options.distribution}", flush=True)
+        else:
+            members = members_of(tree.resolve(), options.classes)
+        write_tests(tree, folder)
+        return run(folder, members, add_losses=options.tree is None)
 
 
 def download(version: str, folder: Path) -> Path:
@@ -84,23 +96,27 @@ def download(version: str, folder: Path) -> Path:
     return archive
 
 
-def write_tests(archive: Path, folder: Path) -> None:
-    """Write the tests of a source distribution, and what it lacks of them, into a folder."""
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack a source distribution and return the folder in which its files lie."""
     with tarfile.open(archive) as source:
-        for member in source:
-            path = PurePosixPath(*PurePosixPath(member.name).parts[1:])
-            content = source.extractfile(member)
-            is_test = path.parts[:1] == ("tests",) and path.suffix == ".py"
-            if is_test and ".." not in path.parts and content is not None:
-                # some tests import the checkout, which would be a second copy of every class
-                text = content.read().decode().replace("src.pytorch_ood", "pytorch_ood")
-                _write(folder / path, text)
+        source.extractall(folder, filter="data")
+    (tree,) = folder.iterdir()
+    return tree
+
+
+def write_tests(tree: Path, folder: Path) -> None:
+    """Write the tests of pytorch-ood, and what the tree lacks of them, into a folder."""
+    for path in sorted((tree / "tests").rglob("*.py")):
+        # some tests import the checkout, which would be a second copy of every class
+        text = path.read_text("utf-8").replace("src.pytorch_ood", "pytorch_ood")
+        _write(folder / path.relative_to(tree), text)
     for name, place in PLACES.items():
-        _write(folder / place, (STAND_INS / name).read_text("utf-8"))
+        if not (tree / place).exists():
+            _write(folder / place, (STAND_INS / name).read_text("utf-8"))
     for package in {path.parent for path in (folder / "tests").rglob("*.py")}:
         (package / "__init__.py").touch()
-    # keeps pytest from looking for settings in the folders above
-    _write(folder / "pytest.ini", "[pytest]\n")
+    # its own settings, of which no marker may be unknown; also keeps pytest from looking further
+    _write(folder / "setup.cfg", (tree / "setup.cfg").read_text("utf-8"))
 
 
 def _write(path: Path, text: str) -> None:
@@ -124,18 +140,38 @@ def add_members(distribution: str) -> list[type]:
     return added
 
 
+def members_of(tree: Path, names: list[str]) -> list[type]:
+    """The classes of these names in pytorch-ood's subpackages, as the tree has them."""
+    package = importlib.import_module("pytorch_ood")
+    if tree not in Path(str(package.__file__)).resolve().parents:
+        raise SystemExit(
+            f"This would test {package.__file__}. Put {tree / 'src'} in front: PYTHONPATH=..."
+        )
+    found = {}
+    for kind in ("detector", "loss", "benchmark"):
+        found.update(vars(importlib.import_module(f"pytorch_ood.{kind}")))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise SystemExit(f"pytorch_ood of {tree} does not export {', '.join(missing)}")
+    return [found[name] for name in names]
+
+
 class Summary:
     """Counts outcomes by file."""
 
-    def __init__(self, members: list[type]) -> None:
+    def __init__(self, members: list[type], add_losses: bool) -> None:
         self.members = members
+        self.add_losses = add_losses
         self.outcomes: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # this table says how each loss is called, and the tests demand an entry for each
         test_info = importlib.import_module("tests.test_info")
         smoke = importlib.import_module("tests.detectors.test_all_detectors_smoke")
-        test_info.LOSS_INPUTS.update(smoke.loss_inputs(test_info.C))
+        if hasattr(smoke, "CLASSES"):  # the stand-in
+            smoke.CLASSES.update(self.members)
+        if self.add_losses:
+            # this table says how each loss is called, and the tests demand an entry for each
+            test_info.LOSS_INPUTS.update(smoke.loss_inputs(test_info.C))
         # otherwise all could pass without having seen any
         found = [*test_info.DETECTORS, *test_info.LOSSES, *test_info.BENCHMARKS]
         missed = [member.__name__ for member in self.members if member not in found]
@@ -170,12 +206,13 @@ class Summary:
         )
 
 
-def run(folder: Path, members: list[type]) -> int:
+def run(folder: Path, members: list[type], add_losses: bool) -> int:
     """Run all tests in a folder, print a table and return the exit status."""
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.chdir(folder)
-    summary = Summary(members)
+    summary = Summary(members, add_losses)
     arguments = ["-q", "-rfE", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "tests"]
+    arguments += ["--durations-min=60", "-o", "log_cli=false"]
     status = pytest.main(arguments, plugins=[summary])
     print(summary.table())
     return 0 if status == pytest.ExitCode.OK else 1
