@@ -108,7 +108,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Deployed", "Fitted", "Row", "Scored", "find_classes", "fit", "write_scores"]
 
-_Path = str | os.PathLike
+_Path = str | os.PathLike[str]
 _PACKS = (".npz", ".zip")
 #: names of images that are saved with a detector, for explanations
 _MOST_NAMES = 200_000
@@ -141,7 +141,7 @@ class _Item(NamedTuple):
     error: str | None
 
 
-class _Images(Dataset):
+class _Images(Dataset[_Item]):
     """Images of which some can't be read."""
 
     def __init__(self, sources: Sequence[_Source], preprocessing: Preprocessing):
@@ -637,7 +637,8 @@ def _example(preprocessing: Preprocessing, device: str | torch.device) -> Tensor
     generator = torch.Generator().manual_seed(0)
     size = preprocessing.size
     x = torch.rand(2, preprocessing.channels, size, size, generator=generator)
-    return preprocessing.normalize(x).to(device)
+    example: Tensor = preprocessing.normalize(x).to(device)
+    return example
 
 
 def _split(model: nn.Module, preprocessing: Preprocessing, device: Any) -> SplitModel:

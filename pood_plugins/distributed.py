@@ -169,7 +169,7 @@ class _Share:
 
 
 def share(
-    dataset: Dataset,
+    dataset: Dataset[Any],
     *,
     device: str | torch.device = "cpu",
     loader_kwargs: Mapping[str, Any] | None = None,
@@ -190,17 +190,17 @@ def share(
     if isinstance(dataset, ImagePack):
         part = (_rank, _size)
         return PackLoader(dataset, arguments["batch_size"], device=device, part=part)
-    loader: Any = DataLoader(dataset, **arguments)
+    loader: DataLoader[Any] = DataLoader(dataset, **arguments)
     if _size > 1:
         for settled in ("batch_size", "shuffle", "sampler", "drop_last"):
             arguments.pop(settled, None)
-        loader = DataLoader(dataset, batch_sampler=_Share(loader.batch_sampler), **arguments)  # type: ignore[arg-type]
+        loader = DataLoader(dataset, batch_sampler=_Share(loader.batch_sampler), **arguments)
     return loader
 
 
 def extract(
     encoder: Callable[[Tensor], Tensor],
-    dataset: Dataset,
+    dataset: Dataset[Any],
     *,
     device: str | torch.device = "cpu",
     loader_kwargs: Mapping[str, Any] | None = None,

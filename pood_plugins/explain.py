@@ -75,7 +75,7 @@ __all__ = [
     "write_explanations",
 ]
 
-_Path = str | os.PathLike
+_Path = str | os.PathLike[str]
 # Okabe and Ito's palette, see evaluation.plots
 _BLUE, _ORANGE, _BLACK = "#0072B2", "#D55E00", "#000000"
 

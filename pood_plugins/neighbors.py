@@ -194,7 +194,7 @@ def _check(
     bank: Union[Tensor, ScaledRows],
     k: int,
     batch_size: int,
-    transform: Optional[Callable],
+    transform: Optional[Callable[[Tensor], Tensor]],
 ) -> None:
     if query.dim() != 2 or len(bank.shape) != 2:
         raise ValueError(
@@ -232,7 +232,8 @@ def _skips(device: torch.device) -> bool:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return norm
 
 
 def _nearest(

@@ -94,7 +94,7 @@ _NOT_SAVED = ("build_record", "_device")
 
 def save(
     detector: Detector,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     threshold: Threshold | None = None,
     classifier: Mapping[str, Any] | None = None,
@@ -163,7 +163,7 @@ def save(
             shutil.copymode(directory / _CONFIG, directory / file)
 
 
-def load(path: str | os.PathLike, split: SplitModel) -> Detector:
+def load(path: str | os.PathLike[str], split: SplitModel) -> Detector:
     """
     Load a detector that :func:`save` saved.
 
@@ -182,7 +182,7 @@ def load(path: str | os.PathLike, split: SplitModel) -> Detector:
     return Saved(path).detector(split)
 
 
-def load_threshold(path: str | os.PathLike) -> Threshold | None:
+def load_threshold(path: str | os.PathLike[str]) -> Threshold | None:
     """
     :param path: directory of a saved detector
     :return: its threshold, None if it was saved without
@@ -197,7 +197,7 @@ class Saved:
     A saved detector, of which ``config.json`` was read and checked.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         """
         :param path: directory of a saved detector
         :raises ValueError: see :func:`load`
@@ -531,7 +531,7 @@ def _same(value: Any, other: Any) -> bool:
     if isinstance(value, dict):
         return list(value) == list(other) and all(map(_same, value.values(), other.values()))
     if isinstance(value, float):
-        return value.hex() == other.hex()
+        return bool(value.hex() == other.hex())
     if isinstance(value, FunctionType):  # such as a lambda in a constructor
         parts = ("__code__", "__defaults__", "__kwdefaults__")
         cells = ([cell.cell_contents for cell in f.__closure__ or ()] for f in (value, other))
@@ -640,7 +640,7 @@ def _decode(value: Any, tensors: dict[str, Tensor], owner: Any = None, fresh: An
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _detector_class() -> type:
+def _detector_class() -> Any:
     from pytorch_ood.api import Detector
 
     return Detector

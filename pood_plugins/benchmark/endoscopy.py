@@ -55,7 +55,7 @@ from ..detector.nero import NERO
 from ..model.preprocessing import Preprocessing
 from .folder import ImageFiles
 
-_Path = str | os.PathLike
+_Path = str | os.PathLike[str]
 
 #: of the paper's test images
 PREPROCESSING = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224))
@@ -66,10 +66,10 @@ class _Endoscopy(Benchmark):
     ID and OOD classes of a data set.
     """
 
-    _dataset: ClassVar[type[Any]]
+    _dataset: ClassVar[Callable[..., EndoscopyFolder]]
 
     def __init__(
-        self, root: _Path, transform: Callable | None, by_class: bool, **arguments: Any
+        self, root: _Path, transform: Callable[..., Any] | None, by_class: bool, **arguments: Any
     ) -> None:
         self._root = root
         self._transform = PREPROCESSING.transform if transform is None else transform
@@ -91,20 +91,20 @@ class _Endoscopy(Benchmark):
             ImageFiles(files, [-1] * len(files), self._transform) for files in oods.values()
         ]
 
-    def train_set(self) -> Dataset:
+    def train_set(self) -> Dataset[Any]:
         """
         :return: ID training set, without the images that are held out for validation
         """
         return self._images(self._part("train"))
 
-    def id_validation_set(self) -> Dataset:
+    def id_validation_set(self) -> Dataset[Any]:
         """
         :return: ID images that are held out from training
         :raises ValueError: if ``validation_fraction`` is 0
         """
         return self._images(self._part("validation"))
 
-    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset]:
+    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset[Any]]:
         """
         :param known: include ID
         :param unknown: include OOD
@@ -155,7 +155,7 @@ class KvasirV2Benchmark(_Endoscopy):
     def __init__(
         self,
         root: _Path,
-        transform: Callable | None = None,
+        transform: Callable[..., Any] | None = None,
         *,
         seed: int = 0,
         test_fraction: float = 0.2,
@@ -200,7 +200,7 @@ class GastroVisionBenchmark(_Endoscopy):
     def __init__(
         self,
         root: _Path,
-        transform: Callable | None = None,
+        transform: Callable[..., Any] | None = None,
         *,
         eleventh: str = ELEVENTH[0],
         seed: int = 0,

@@ -57,7 +57,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
 from pytorch_ood.api import BenchmarkInfo, Task
@@ -69,17 +69,20 @@ from torchvision.transforms import ToTensor
 
 from ..training.checkpoint import reason
 
-_Path = str | os.PathLike
+_Path = str | os.PathLike[str]
 _Files = dict[str, list[Path]]
 
 
-class ImageFiles(Dataset):
+class ImageFiles(Dataset[tuple[Tensor, int]]):
     """
     Image files and their labels. Items are ``(image, label)``.
     """
 
     def __init__(
-        self, files: Sequence[Path], labels: Sequence[int], transform: Callable | None = None
+        self,
+        files: Sequence[Path],
+        labels: Sequence[int],
+        transform: Callable[..., Any] | None = None,
     ):
         """
         :param files: paths of images
@@ -122,7 +125,7 @@ class FolderBenchmark(Benchmark):
         test: _Path,
         ood: Mapping[str, _Path],
         near: Sequence[str] = (),
-        transform: Callable | None = None,
+        transform: Callable[..., Any] | None = None,
     ):
         """
         :param train: folder with one folder of ID training images per class
@@ -155,13 +158,13 @@ class FolderBenchmark(Benchmark):
         """Number of classes, which is how many columns the classifier must have."""
         return len(self.classes)
 
-    def train_set(self) -> Dataset:
+    def train_set(self) -> Dataset[Any]:
         """
         :return: ID training set
         """
         return self._train
 
-    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset]:
+    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset[Any]]:
         """
         :param known: include ID
         :param unknown: include OOD
@@ -177,7 +180,7 @@ class FolderBenchmark(Benchmark):
             return list(self._oods)
         raise ValueError("At least one of `known` or `unknown` must be True")
 
-    def _labeled(self, by_class: _Files, transform: Callable | None) -> ImageFiles:
+    def _labeled(self, by_class: _Files, transform: Callable[..., Any] | None) -> ImageFiles:
         of_class = [by_class.get(name, []) for name in self.classes]
         files = [file for files in of_class for file in files]
         labels = [label for label, files in enumerate(of_class) for _ in files]
@@ -288,7 +291,8 @@ def read_image(path: Path, cut: bool = True) -> Image.Image:
             image.load()  # opening alone does not notice that a file is truncated
             # RGB has no place for it, and Pillow would warn of that for some palettes
             image.info.pop("transparency", None)
-            return image.convert("RGB")
+            rgb: Image.Image = image.convert("RGB")
+            return rgb
     except Exception as error:  # what a damaged file raises depends on its format
         raise ValueError(
             f"{path} can't be read as an image ({reason(error)}): remove or replace it."

@@ -99,7 +99,7 @@ __all__ = [
     "openood",
 ]
 
-_Path = str | os.PathLike
+_Path = str | os.PathLike[str]
 
 #: Number of images that OpenOOD v1.5 lists for an OOD set of CIFAR, where a smaller set may pass
 #: for it.
@@ -130,7 +130,7 @@ class _Partial(Benchmark):
     #: number of images of its OOD sets, where a smaller set may pass for them
     _sizes: Mapping[str, int] = {}
 
-    def _arrange(self, where: _Path, sets: Mapping[str, Dataset | str]) -> None:
+    def _arrange(self, where: _Path, sets: Mapping[str, Dataset[Any] | str]) -> None:
         """
         :param where: where the data are, for the error
         :param sets: data set or the reason why it is missing by its name, ``"ID test"``,
@@ -157,28 +157,28 @@ class _Partial(Benchmark):
             if whole is not None and there != whole:
                 self.notes[name] = f"{there:,} of {whole:,} images"
 
-    def train_set(self) -> Dataset:
+    def train_set(self) -> Dataset[Any]:
         """
         :return: ID training set
         :raises ValueError: if it is missing
         """
         return self._get("ID training")
 
-    def validation_set(self) -> Dataset:
+    def validation_set(self) -> Dataset[Any]:
         """
         :return: ID and OOD validation sets of OpenOOD, OOD samples labeled -1
         :raises ValueError: if one of them is missing
         """
         return ConcatDataset([self._get("ID validation"), self._get("OOD validation")])
 
-    def id_validation_set(self) -> Dataset:
+    def id_validation_set(self) -> Dataset[Any]:
         """
         :return: ID validation set
         :raises ValueError: if it is missing
         """
         return self._get("ID validation")
 
-    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset]:
+    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset[Any]]:
         """
         :param known: include ID
         :param unknown: include OOD
@@ -195,7 +195,7 @@ class _Partial(Benchmark):
             return oods
         raise ValueError("At least one of `known` or `unknown` must be True")
 
-    def _get(self, name: str) -> Dataset:
+    def _get(self, name: str) -> Dataset[Any]:
         if name in self.missing:
             raise ValueError(f"The {name} set is missing, {self.missing[name]}: add it")
         return self._sets[name]
@@ -205,7 +205,7 @@ class _FromLists(_Partial):
     def __init__(
         self,
         root: _Path,
-        transform: Callable | None = None,
+        transform: Callable[..., Any] | None = None,
         *,
         download: bool = False,
         imglists: _Path | None = None,
@@ -375,7 +375,9 @@ _CLASSES: dict[str, type[_FromLists]] = {
 OPENOOD_CLASSES = {name: benchmark.num_classes for name, benchmark in _CLASSES.items()}
 
 
-def openood(name: str, root: _Path, transform: Callable | None = None, **options: Any) -> _Partial:
+def openood(
+    name: str, root: _Path, transform: Callable[..., Any] | None = None, **options: Any
+) -> _Partial:
     """
     :param name: ``cifar10-openood``, ``cifar100-openood``, ``imagenet200-openood`` or
         ``imagenet-openood``
@@ -397,7 +399,8 @@ def openood(name: str, root: _Path, transform: Callable | None = None, **options
             f"{chosen.__name__} has no option {', '.join(unknown)}: it has "
             f"{', '.join(choices) or 'none'}"
         )
-    return chosen(root, transform, **options)
+    benchmark: _Partial = chosen(root, transform, **options)
+    return benchmark
 
 
 def is_packed(name: str, root: _Path) -> bool:
@@ -420,7 +423,7 @@ def _find_lists(root: Path, imglists: _Path | None, folder: str) -> Path:
     )
 
 
-def _read_list(path: Path, root: Path, transform: Callable | None) -> ImageFiles | str:
+def _read_list(path: Path, root: Path, transform: Callable[..., Any] | None) -> ImageFiles | str:
     """The images of a list, or the reason why they are not to be had."""
     if not path.exists():
         return f"no list {path.name}"

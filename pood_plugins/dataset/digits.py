@@ -8,7 +8,7 @@ outliers. Needs scikit-learn (``pip install pood-plugins[benchmark]``).
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pytorch_ood.api import DatasetInfo, Paper, Role, Task
@@ -18,10 +18,12 @@ from torch.utils.data import Dataset
 _SIZE = 8
 
 
-class _Images(Dataset):
+class _Images(Dataset[tuple[Tensor, int]]):
     """Images and labels in memory."""
 
-    def __init__(self, images: Tensor, labels: Tensor, transform: Callable | None = None):
+    def __init__(
+        self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Any] | None = None
+    ):
         self.images = images
         self.labels = labels
         self.transform = transform
@@ -70,7 +72,7 @@ class HandwrittenDigits(_Images):
         part: str = "all",
         classes: Sequence[int] = range(10),
         outliers: bool = False,
-        transform: Callable | None = None,
+        transform: Callable[[Tensor], Any] | None = None,
     ):
         """
         :param part: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``
@@ -121,7 +123,7 @@ class GreyPatches(_Images):
         half: str | None = None,
         n: int = 1000,
         seed: int = 0,
-        transform: Callable | None = None,
+        transform: Callable[[Tensor], Any] | None = None,
     ):
         """
         :param photograph: ``"china.jpg"`` (a temple) or ``"flower.jpg"`` (a dahlia), 640 × 427
@@ -159,7 +161,9 @@ class UniformNoise(_Images):
         task=Task.CLASSIFICATION, license=None, roles={Role.OOD_TEST}, ai_coded=True
     )
 
-    def __init__(self, n: int = 1000, seed: int = 0, transform: Callable | None = None):
+    def __init__(
+        self, n: int = 1000, seed: int = 0, transform: Callable[[Tensor], Any] | None = None
+    ):
         """
         :param n: number of images
         :param seed: seed of the noise
@@ -173,11 +177,12 @@ class UniformNoise(_Images):
         super().__init__(images, torch.full((n,), -1), transform)
 
 
-def _scikit_learn(loader: str) -> Callable:
+def _scikit_learn(loader: str) -> Callable[..., Any]:
     try:
         from sklearn import datasets
     except ImportError as error:
         raise ImportError(
             "The digits come with scikit-learn: pip install pood-plugins[benchmark]"
         ) from error
-    return getattr(datasets, loader)
+    load: Callable[..., Any] = getattr(datasets, loader)
+    return load

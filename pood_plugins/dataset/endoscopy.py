@@ -75,7 +75,7 @@ from torch.utils.data import Dataset
 
 from ..training.checkpoint import replacing
 
-_Path = str | os.PathLike
+_Path = str | os.PathLike[str]
 
 PARTS = ("train", "validation", "test", "ood")
 #: classes of GastroVision with the 29 images that its ten normal classes are short of
@@ -83,7 +83,7 @@ ELEVENTH = ("Colon diverticula", "Mucosal inflammation large bowel")
 _MOST_DIFFERENCES = 8
 
 
-class EndoscopyFolder(Dataset):
+class EndoscopyFolder(Dataset[tuple[Any, int]]):
     """
     What both data sets have in common: one folder of images per class, some classes ID.
     """
@@ -115,7 +115,7 @@ class EndoscopyFolder(Dataset):
         root: _Path,
         part: str,
         id_classes: Sequence[str],
-        transform: Callable | None,
+        transform: Callable[..., Any] | None,
         seed: int,
         test_fraction: float,
         validation_fraction: float,
@@ -300,7 +300,7 @@ class KvasirV2(EndoscopyFolder):
         self,
         root: _Path,
         part: str = "train",
-        transform: Callable | None = None,
+        transform: Callable[..., Any] | None = None,
         *,
         seed: int = 0,
         test_fraction: float = 0.2,
@@ -401,7 +401,7 @@ class GastroVision(EndoscopyFolder):
         self,
         root: _Path,
         part: str = "train",
-        transform: Callable | None = None,
+        transform: Callable[..., Any] | None = None,
         *,
         eleventh: str = ELEVENTH[0],
         seed: int = 0,

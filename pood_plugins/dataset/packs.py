@@ -59,7 +59,7 @@ __all__ = ["ImagePack", "PackLoader", "RandomCropFlip", "read_pack"]
 _ROOM, _RATIO = 2**28, 100
 
 
-def read_pack(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read_pack(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     :param path: image pack or ``.npz``
     :return: images ``x``, unsigned bytes of shape :math:`N \\times H \\times W \\times 3` (of an
@@ -147,7 +147,7 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         raise ValueError(f"labels must be at most {np.iinfo(np.int64).max}; y has larger ones")
 
 
-class ImagePack(Dataset):
+class ImagePack(Dataset[tuple[Tensor, int]]):
     """
     Images and labels in memory, a data set with items ``(image, label)``. An image is a tensor of
     shape :math:`3 \\times H \\times W`, in :math:`[0, 1]` before ``transform``.
@@ -175,7 +175,7 @@ class ImagePack(Dataset):
 
     @classmethod
     def read(
-        cls, *paths: str | os.PathLike, transform: Callable[[Tensor], Tensor] | None = None
+        cls, *paths: str | os.PathLike[str], transform: Callable[[Tensor], Tensor] | None = None
     ) -> ImagePack:
         """
         :param paths: image packs or ``.npz``; one or more, with images of one size

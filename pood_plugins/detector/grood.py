@@ -1,25 +1,64 @@
-"""
+r"""
 GROOD scores an input by a gradient that needs no backward pass: the derivative of a
 nearest-class-prototype loss with respect to an artificial *OOD prototype*, a point in feature
 space that stands for everything unknown. Training samples pull this point in a few typical ways;
 inputs that pull differently are outliers.
 
+It is the method of *GROOD: GRadient-aware Out-Of-Distribution detection* by ElAraby, Sahoo,
+Pequignot, Novello and Paull (`TMLR 2025 <https://arxiv.org/abs/2312.14427>`__). The released code
+is the one in `OpenOOD <https://github.com/Jingkang50/OpenOOD>`__.
+
+The gradient in closed form
+---------------------------
+
+Let :math:`z \in \mathbb{R}^D` be the penultimate feature of an input, :math:`\mu_c` the prototype
+of the ID class :math:`c = 1, \dots, C`, the mean feature of its training samples, :math:`o` the
+OOD prototype, and :math:`T` a temperature, 1 in the paper. Distances become logits and
+probabilities,
+
+.. math::
+    \ell_k = -\frac{\lVert z - \mu_k \rVert_2}{T}, \qquad
+    p_k = \frac{e^{\ell_k}}{\sum_j e^{\ell_j}}, \qquad
+    j, k \in \{1, \dots, C, o\}, \quad \mu_o = o,
+
+and the loss :math:`L = \log \sum_k e^{\ell_k} - \ell_y` is their cross-entropy for an ID class
+:math:`y`. The OOD prototype occurs in :math:`\ell_o` alone, and :math:`y \neq o`, hence
+
+.. math::
+    \frac{\partial L}{\partial o}
+    = \frac{\partial L}{\partial \ell_o} \, \frac{\partial \ell_o}{\partial o}
+    = p_o \cdot \frac{1}{T} \, \frac{z - o}{\lVert z - o \rVert_2}.
+
+The class :math:`y` has dropped out. Without the constant :math:`1 / T`, which changes no ranking,
+this is the gradient :math:`g`: it points from the OOD prototype to the feature, and its length is
+:math:`p_o`. The bank holds the gradients :math:`g_i` of :math:`M` training samples, and the score
+is the distance to the :math:`k`-th nearest of them. With :math:`\varphi_i` the angle between
+:math:`g` and :math:`g_i`,
+
+.. math::
+    \lVert g - g_i \rVert_2^2 = (p_o - p_{o,i})^2 + 2 \, p_o \, p_{o,i} \, (1 - \cos \varphi_i),
+
+so directions decide among samples of similar probability, and probabilities otherwise.
+
 Where to take the OOD prototype from
 ------------------------------------
 
-=======================  ==========================  ===========================================
-Source                   Needs                       Use it when
-=======================  ==========================  ===========================================
-``"outliers"``           samples with label < 0      example outliers are at hand; the default
-                                                     of the released code
-``"mixup"``              ID features, two classes    only ID data are at hand; mixes at the
-                                                     penultimate layer
-``"mean"``               ID features                 a parameter-free reference
-:func:`mixup_prototype`  ID images, a split network  the paper's synthetic samples: mix-up at an
-                                                     early layer
-:func:`noise_prototype`  the image shape             no data but the fitted ones may be used
-any tensor of shape D    nothing                     the prototype comes from elsewhere
-=======================  ==========================  ===========================================
+========================  ==========================  ==========================================
+Source                    Needs                       Use it when
+========================  ==========================  ==========================================
+``"outliers"``            samples with label < 0      example outliers are at hand
+``"mixup"``               ID features, two classes    only ID data are at hand; mixes at the
+                                                      penultimate layer
+``"mean"``                ID features                 a parameter-free reference
+:func:`.mixup_prototype`  ID images, a split network  the paper's synthetic samples: mix-up at an
+                                                      early layer
+:func:`.noise_prototype`  the image shape             no data but the fitted ones may be used
+any tensor of shape D     nothing                     the prototype comes from elsewhere
+========================  ==========================  ==========================================
+
+Mix-up takes the mean of :math:`\lambda z + (1 - \lambda) \mu_r` over ID samples, where :math:`r`
+is the runner-up class, that of the second-largest logit. At an early layer, early features and
+their class means are mixed so, and go through the rest of the network.
 
 A prototype made of outliers has seen their kind. Do not compare its scores on that kind of data
 with those of detectors that have seen none.
@@ -27,23 +66,67 @@ with those of detectors that have seen none.
 Paper and released code
 -----------------------
 
-They agree on the gradient and on the nearest-neighbor score. Where they differ, this
-implementation does the following:
+==============  =======================  ==========================  ===========================
+Step            Paper                    Released code               Here
+==============  =======================  ==========================  ===========================
+gradient        of the loss with         automatic differentiation,  closed form, the same up to
+                respect to o             one call per sample         rounding
+target y        not in the parts that    the classifier's            none is needed
+                we know                  prediction
+prototypes      mean of each class       of all training samples     as released
+bank            all training samples     those that are classified   as released;
+                                         correctly                   ``bank_fraction`` of them,
+                                                                     ``bank_dtype``
+search          nearest gradient         approximate, k = 1          exact, any ``k``
+score           distance                 squared and negated         distance: the same ranking
+OOD prototype   synthetic samples        mean of OOD validation      ``"auto"``: outliers if
+                                         images; others are options  there are any, else mix-up
+mix-up          early layer, weight λ    early layer, weight 0.5,    penultimate or early layer,
+                                         100 samples                 weight 0.5, 1000 samples
+noise           –                        uniform and blurred, not    the same, or normalized;
+                                         normalized; 10 of each 100  a tenth of all
+temperature     –                        –                           1, which is none; a number;
+                                                                     ``"auto"``
+==============  =======================  ==========================  ===========================
 
-- The gradient is the closed form of the derivative, identical to automatic differentiation up to
-  rounding. The pseudo-label of the loss cancels out.
-- The search is exact. The released code uses an approximate index.
-- The score is the plain distance; the released code negates its square. The ranking is the same.
-- The bank holds the training samples that the classifier gets right, as in the released code; the
-  paper's algorithm states no such filter.
-- ``temperature`` is an addition. With 1, the default, the method is that of the paper. The paper's
-  softmax over plain distances means something else for every scale of the features, so
-  ``temperature="auto"`` takes an eighth of the mean distance of the ID samples to their class
-  prototype. That figure, with ``mixup=0.0, k=10, n_synthetic=1.0``, is what validation data chose
-  on CIFAR-10 (``benchmarks/cifar10.py``).
-- The bank may be kept in half precision, see ``bank_dtype``.
-- ``mixup`` and :func:`mixup_prototype` weight the sample by 0.5, as the released code does; the
-  paper leaves its :math:`\\lambda` open in the parts we know.
+In the benchmarks of the released code, the OOD validation images are of the same data set as one
+of the test sets. Its option to use only the outliers that are farthest from the class prototypes
+is left out here. ``temperature`` is an addition, because a softmax over plain distances means
+something else for every scale of the features: ``"auto"`` ties it to their spread, by a factor
+found in experiments.
+
+Costs
+-----
+
+For :math:`N` training samples, of which :math:`M \leq N` are in the bank:
+
+===============================  ====================================  ==========================
+Step                             Time                                  Memory
+===============================  ====================================  ==========================
+fit                              :math:`O(NCD)`                        bank and a chunk
+score of :math:`B` samples       :math:`O(BCD + BMD)`                  bank and a chunk
+what is kept                                                           :math:`(C + M) D` numbers
+===============================  ====================================  ==========================
+
+A chunk is ``batch_size`` rows with what is computed of them. For a bank in float16, or of a
+fraction of the samples, a fit passes over its loader twice or three times, so that it never holds
+all features. The :math:`B \times M` distances never exist at once.
+
+When not to use it
+------------------
+
+- **Unlabeled data, or a single class.** Prototypes need classes, and mix-up two of them.
+- **Classes that are no clusters.** The mean of a class with several far apart modes is typical of
+  none of them.
+- **Features of an extreme scale**, with a fixed temperature. Where distances are large, all
+  :math:`p_o` vanish; where they are small, all are about :math:`1 / (C + 1)`. A warning tells of
+  the former; ``temperature="auto"`` follows the scale.
+- **Unclean ID data, with k = 1.** One outlier among the training samples, if it is classified as
+  labeled, makes all that resemble it typical. A larger ``k`` needs as many of them.
+- **Few samples per class.** The prototype is a mean of few, and so is all that depends on it.
+
+Reference
+---------
 
 ..  autoclass:: pood_plugins.detector.GROOD
     :members:
@@ -321,7 +404,7 @@ class GROOD(FeaturesDetector):
             )
         self._check_hyperparameters()
 
-    def fit(self, data_loader: DataLoader) -> Self:
+    def fit(self, data_loader: DataLoader[Any]) -> Self:
         """
         Extracts features and fits the detector. Unlike other detectors, samples with label < 0 are
         kept: they are the example outliers of the source ``"outliers"``.
@@ -1121,7 +1204,7 @@ def _concatenate(parts: List[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 
 
-def _device_of(*modules: Callable) -> torch.device:
+def _device_of(*modules: Callable[..., Any]) -> torch.device:
     """Device of the first parameter or buffer of the modules (or their methods), else the CPU."""
     for module in (getattr(module, "__self__", module) for module in modules):
         if isinstance(module, Module):

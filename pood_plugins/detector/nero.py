@@ -1,25 +1,108 @@
-"""
-NERO explains a prediction before it judges it: the softmax probabilities are propagated back
-through the last layer to its inputs, which tells how much each penultimate neuron contributed (its
-*relevance*). Inputs whose relevance pattern is far from the typical pattern of every class are
-outliers. Because relevance belongs to neurons, it can also be shown why an input was flagged.
+r"""
+NERO propagates the softmax probabilities back through the last layer, which tells how much each
+penultimate neuron contributed to the prediction (its *relevance*), and flags inputs whose
+relevance pattern is far from the typical pattern of every class. Because relevance belongs to
+neurons, it can also be shown why an input was flagged.
+
+It is the method of *NERO: Explainable Out-of-Distribution Detection with Neuron-level Relevance*
+by Chhetri, Korhonen, Gyawali and Bhattarai
+(`MICCAI 2025 <https://arxiv.org/abs/2506.15404>`__), with
+`released code <https://github.com/bhattarailab/NERO>`__.
+
+Relevance
+---------
+
+Let :math:`z \in \mathbb{R}^D` be the features of an input, :math:`W` and :math:`b` weight and bias
+of the last layer, :math:`l = W z + b` the logits of the :math:`C` classes, and :math:`p` their
+softmax. Layer-wise relevance propagation (LRP) gives class :math:`c` the relevance :math:`p_c`,
+and shares it among the summands of its logit in proportion to them:
+
+.. math::
+    R_d = \sum_c p_c \frac{W_{cd} z_d}{l_c}, \qquad R_0 = \sum_c p_c \frac{b_c}{l_c}
+
+for neuron :math:`d` and the bias. Relevance is conserved, for every input with no logit of 0:
+
+.. math::
+    \sum_d R_d + R_0 = \sum_c p_c \, \frac{\sum_d W_{cd} z_d + b_c}{l_c} = \sum_c p_c = 1.
+
+Single relevances are not bounded by 1: they grow as a logit comes close to 0, and a negative logit
+turns their signs.
+
+Score
+-----
+
+The score is a sum of two parts times a third:
+
+=========================================================  ======================================
+Part                                                       What it tells
+=========================================================  ======================================
+:math:`\min_c \lVert P(R) - P(\mu_c) \rVert_1`             how far the pattern is from that of
+                                                           the nearest class
+:math:`s \, |R_0|`                                         how much of the prediction is due to
+                                                           the bias, and not to features
+:math:`\sum_{d \in K} |z_d| \, / \, \sum_d |z_d|`          how much of the activity is that of
+                                                           the least relevant neurons
+=========================================================  ======================================
+
+Here, :math:`\mu_c` is the mean relevance of the training samples of class :math:`c`, :math:`P` the
+projection to the first :math:`m` principal components of the training relevance, :math:`s` a scale
+(see :class:`.NERO`), and :math:`K` the neurons with the smallest relevance, signs included.
+:meth:`.NERO.explain` returns the parts.
 
 Paper and released code
 -----------------------
 
-The definition implemented here is that of the released code; its formulas are not all in the parts
-of the paper that we know. The differences are:
+The definition is that of the released code; its formulas are not all in the parts of the paper
+that we know.
 
-- Principal components are exact and deterministic. The released code uses a randomized solver,
-  whose scores change from run to run.
-- The number of neurons for the feature ratio (175) and of components (two thirds) are fractions of
-  the width of the network by default, so that they fit every network: 175 of 512 is that of a
-  ResNet-18. Pass an ``int`` for a fixed count. The released code uses 175 also for the 384
-  features of DeiT-S.
-- Logits close to 0 divide the relevance. Their magnitude is floored at 1e-6, so that scores stay
-  finite.
-- No component without variance in the training relevance is used: its direction would be
-  arbitrary.
+====================  =================================  ========================================
+Step                  Released code                      Here
+====================  =================================  ========================================
+components            randomized solver, so that scores  exact, in float64; those without variance
+                      change from run to run             are left out, as they are arbitrary
+their number m        2/3 of D, which needs as many      2/3 of D, at most the rank of the
+                      samples                            training relevance
+neurons in K          175, of 512 (ResNet-18) and of     175/512 of D, to fit every network; an
+                      384 (DeiT-S)                       ``int`` is a fixed number
+class means           of all training samples, by label  as released
+scale s               with the bias relevance, without   as released
+                      the projection
+logits near 0         divide as they are                 magnitude at least 1e-6, sign kept;
+                                                         ``eps`` stabilizes more
+features all 0        0 / 0                              as if all features were equal
+====================  =================================  ========================================
+
+Costs
+-----
+
+For :math:`N` training samples:
+
+===========================  ==============================  ====================================
+Step                         Time                            Memory
+===========================  ==============================  ====================================
+fit                          :math:`O(NCD + ND^2 + D^3)`     :math:`D^2` numbers and a chunk,
+                                                             besides the features
+score of :math:`B` samples   :math:`O(BCD + BDm + BCm)`      a chunk
+what is kept                                                 :math:`(C + m) D + C m` numbers
+===========================  ==============================  ====================================
+
+A chunk is ``batch_size`` rows with what is computed of them. All is computed in float64, in which
+many GPUs are much slower than in float32.
+
+When not to use it
+------------------
+
+- **Networks that do not end in a linear layer.** Relevance is defined by its weights.
+- **Logits that come close to 0.** They make relevance arbitrarily large. Means and covariance are
+  not robust, so a single such training sample can dominate them; ``eps`` bounds it, at the price
+  of conservation.
+- **Few samples.** There are at most :math:`N - 1` components, and the pattern of a class is the
+  mean of its samples.
+- **Unclean ID data.** Every training sample counts, whether it is labeled and classified
+  correctly or not.
+
+Reference
+---------
 
 ..  autoclass:: pood_plugins.detector.NERO
     :members:
@@ -223,7 +306,7 @@ class NERO(FeaturesDetector):
         self.bias_scale_: Optional[Tensor] = None
         #: class ids of the centroids, ascending
         self.classes_: Optional[List[int]] = None
-        self._fitted_with: Optional[Tuple] = None
+        self._fitted_with: Optional[Tuple[Union[int, float], float]] = None
 
         if not isinstance(head, Linear):
             raise ValueError(
@@ -232,7 +315,7 @@ class NERO(FeaturesDetector):
             )
         self._check_hyperparameters()
 
-    def fit(self, data_loader: DataLoader) -> Self:
+    def fit(self, data_loader: DataLoader[Any]) -> Self:
         """
         Extracts features and fits the detector.
 

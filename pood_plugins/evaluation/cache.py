@@ -59,7 +59,7 @@ class Cache:
     A folder of computed values. Without a folder, everything is computed.
     """
 
-    def __init__(self, directory: str | os.PathLike | None):
+    def __init__(self, directory: str | os.PathLike[str] | None):
         """
         :param directory: where to keep entries, created if need be
         """
@@ -88,7 +88,8 @@ class Cache:
             if not (isinstance(entry, dict) and isinstance(entry.get("value"), dict)):
                 raise ValueError("it holds no value")
             if entry.get("key") == key:
-                return entry["value"]
+                value: dict[str, Any] = entry["value"]
+                return value
             log.warning(f"{path} belongs to something else and is computed anew.")
         except FileNotFoundError:
             pass
@@ -123,7 +124,7 @@ def of_module(module: Any) -> str | None:
     return of_value(module) if isinstance(module, nn.Module) else None
 
 
-def of_dataset(dataset: Dataset) -> str | None:
+def of_dataset(dataset: Dataset[Any]) -> str | None:
     """
     :param dataset: a data set
     :return: fingerprint of its images, labels and transform, ``None`` if these can't be told
@@ -147,7 +148,7 @@ def of_dataset(dataset: Dataset) -> str | None:
     return of_value([type(dataset), state])
 
 
-def _of_file(file: str | os.PathLike) -> str:
+def _of_file(file: str | os.PathLike[str]) -> str:
     stat = os.stat(file)
     return f"{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns}"
 
@@ -239,7 +240,7 @@ def _is_plain(value: Any, file: str | None) -> bool:
     )
 
 
-def _certain(function: Callable, *args: Any) -> Any:
+def _certain(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as error:  # of whatever kind: some objects can't be taken apart

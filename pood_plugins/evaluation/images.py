@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 def run_images(
     name: str,
     *,
-    root: str | os.PathLike | None = None,
+    root: str | os.PathLike[str] | None = None,
     arch: str | None = None,
     weights: str | None = None,
     num_classes: int | None = None,
@@ -53,7 +53,7 @@ def run_images(
     options: Mapping[str, Any] | None = None,
     folders: Mapping[str, Any] | None = None,
     download: bool = False,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     max_images: Mapping[str, int] | None = None,
     device: str | torch.device = "cpu",
     batch_size: int = 256,
@@ -107,7 +107,7 @@ def run_images(
         return openood(known, root, transform, **extra)
 
     if num_classes is None and known == "folder":
-        num_classes = make(None).num_classes  # type: ignore[attr-defined]
+        num_classes = make(None).num_classes
     elif num_classes is None and known not in OPENOOD_CLASSES:
         found = getattr(registry.load(name, "benchmark"), "num_classes", None)
         num_classes = found if isinstance(found, int) else None
@@ -183,7 +183,7 @@ def _for_packs(preprocessing: Preprocessing) -> Normalize:
     return preprocessing.normalize
 
 
-def _folder(folders: Mapping[str, Any], transform: Callable | None) -> Benchmark:
+def _folder(folders: Mapping[str, Any], transform: Callable[..., Any] | None) -> Benchmark:
     for argument in ("train", "test"):
         if not folders.get(argument):
             raise ValueError(f"the folder benchmark needs --{argument} DIR")
@@ -197,7 +197,7 @@ def _folder(folders: Mapping[str, Any], transform: Callable | None) -> Benchmark
 
 
 def _registered(
-    name: str, root: Any, options: Mapping[str, Any], transform: Callable | None
+    name: str, root: Any, options: Mapping[str, Any], transform: Callable[..., Any] | None
 ) -> Benchmark:
     benchmark_class = registry.load(name, "benchmark")
     parameters = inspect.signature(benchmark_class).parameters

@@ -247,7 +247,7 @@ class Report:
         result = self._result(detector)
         if baseline in (None, detector) or result.error or result.images is not None:
             return None
-        return paired(self._resampled[detector, column][0], self._resampled[baseline, column][0])  # type: ignore[index]
+        return paired(self._resampled[detector, column][0], self._resampled[baseline, column][0])
 
     def _result(self, detector: str) -> Result:
         return {result.detector: result for result in self.results}[detector]
@@ -305,7 +305,7 @@ class Report:
         """OOD sets, then ``near`` and ``far`` where these have more than one set."""
         return self.ood_names + [mean for mean in _MEANS if len(self._sets_of(mean)) > 1]
 
-    def save(self, directory: str | os.PathLike, html: bool = False) -> None:
+    def save(self, directory: str | os.PathLike[str], html: bool = False) -> None:
         """
         Writes ``results.csv``, ``results.json``, the table as ``results.md``, and the pictures.
 
@@ -321,11 +321,11 @@ class Report:
         if html:
             self.to_html(directory / "report.html", self.sheets)
 
-    def to_csv(self, path: str | os.PathLike) -> None:
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes :attr:`frame` to a file, floats with six decimals."""
         _write(path, self.frame.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: str | os.PathLike[str]) -> None:
         """
         Writes results, what the means are taken over, and what it takes to repeat them: versions,
         device, commit and whatever the metadata hold.
@@ -382,7 +382,7 @@ class Report:
         return table + "".join(f"\n{note}\n" for note in self.remarks)
 
     def to_html(
-        self, path: str | os.PathLike, sheets: Sequence[tuple[str, bytes, str]] = ()
+        self, path: str | os.PathLike[str], sheets: Sequence[tuple[str, bytes, str]] = ()
     ) -> None:
         """
         Writes table, curves and environment as one page, see :mod:`pood_plugins.evaluation.html`.
@@ -426,7 +426,7 @@ class Report:
             remarks.append(f"Missing: {sets}.")
         return remarks
 
-    def plot(self, directory: str | os.PathLike) -> list[Path]:
+    def plot(self, directory: str | os.PathLike[str]) -> list[Path]:
         """
         Draws ``roc.png`` (ROC curves of at most twelve detectors) and ``scores.png``
         (distributions of the scores), one panel per OOD set, and after :meth:`bootstrap` also
@@ -543,7 +543,7 @@ def _commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _write(path: str | os.PathLike, text: str) -> None:
+def _write(path: str | os.PathLike[str], text: str) -> None:
     """Writes a file at once: whoever reads it finds the old content or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

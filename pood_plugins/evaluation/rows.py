@@ -146,7 +146,7 @@ class RowBuilder:
             "early mix-up or mix-up LAYER"
         )
 
-    def _batches(self, dataset: Dataset) -> Any:
+    def _batches(self, dataset: Dataset[Any]) -> Any:
         device = self.split.head.weight.device
         if isinstance(dataset, ImagePack):
             return PackLoader(dataset, self.batch_size, device=device)

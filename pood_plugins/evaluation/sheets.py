@@ -53,7 +53,7 @@ def explanation_sheets(
 
 
 def _page(
-    detector: Any, x: Tensor, preprocessing: Preprocessing, caption: str, train_set: Dataset
+    detector: Any, x: Tensor, preprocessing: Preprocessing, caption: str, train_set: Dataset[Any]
 ) -> bytes:
     from ..explain import plot_grood, plot_nero, view_of
 

@@ -1,24 +1,82 @@
-"""
+r"""
 GReg adds the gradient of the energy score with respect to the input to energy-regularized
 training: where the score barely changes around a sample, small changes of the input cannot carry
-the sample across the decision threshold. Training needs auxiliary outliers. At test time nothing
+the sample across the decision threshold. Training needs auxiliary outliers; at test time nothing
 changes: score with :class:`pytorch_ood.detector.EnergyBased`.
 
-**Which samples are smoothed.** Only those already on the right side of their margin: ID samples
-with :math:`S(x) \\leq m_{in}` and outliers with :math:`S(x) \\geq m_{out}`. The energy term pulls
-on the others. Turning the comparison for the outliers around raises no error, but smooths the very
-outliers that the energy term still has to move.
+It is the method of *Gradient-Regularized Out-of-Distribution Detection* by Sharifi, Entesari,
+Safaei, Patel and Fazlyab (`ECCV 2024 <https://arxiv.org/abs/2404.12368>`__), with
+`released code <https://github.com/o4lc/Greg-OOD>`__.
 
-**Two scales.** For a batch of :math:`B` samples, ``scale="paper"`` is the equation of the paper:
-the mean norm over the ID samples plus the mean norm over the outliers. The released code divides
-this sum once more by :math:`B`; as this is what the authors trained, ``scale="released"`` is the
-default. Since ``paper`` is :math:`B` times ``released``, equal losses need
+Why a small gradient helps
+--------------------------
+
+Let :math:`S(x) = -\log \sum_c e^{f_c(x)}` be the energy of an input :math:`x` with logits
+:math:`f(x)`, low for ID data, and :math:`\gamma` the threshold. To first order,
 
 .. math::
-    \\beta_{paper} = \\beta_{released} / B
+    |S(x + \delta) - S(x)| \leq \lVert \nabla_x S(x) \rVert_2 \, \lVert \delta \rVert_2,
 
-so that the authors' :math:`\\beta = 1`, with 64 ID samples and 64 outliers, is 1/128 in terms of
-the equation. It also means that the strength of ``released`` depends on the batch size.
+so :math:`x` keeps its side while
+:math:`\lVert \delta \rVert_2 < |\gamma - S(x)| \, / \, \lVert \nabla_x S(x) \rVert_2`. The energy
+term of the loss (:math:`\mathcal{L}_S`, see :class:`.GRegLoss`) enlarges the numerator, the
+gradient term (:math:`\mathcal{L}_{\nabla S}`) shrinks the denominator. For
+networks that are linear in pieces, this is exact within a piece.
+
+Which samples are smoothed
+--------------------------
+
+Only those on the right side of their margin: ID samples with :math:`S(x) \leq m_{in}` and
+outliers with :math:`S(x) \geq m_{out}`. The energy term pulls on the others. Turning the
+comparison for the outliers around raises no error, but smooths the very outliers that the energy
+term still has to move.
+
+Two scales
+----------
+
+A batch has :math:`n_{in}` ID samples and :math:`n_{out}` outliers, :math:`B` in all. One backward
+pass gives the gradients of all of them, by differentiating hinges whose slope is the indicator of
+the right side:
+
+.. math::
+    J = -\frac{1}{n_{in}} \sum_{in} \max(0, m_{in} - S(x_i))
+    + \frac{1}{n_{out}} \sum_{out} \max(0, S(x_i) - m_{out})
+
+.. math::
+    \frac{\partial J}{\partial x_i} =
+    \begin{cases}
+    \frac{1}{n_{in}} \, \mathbb{I}[S(x_i) \leq m_{in}] \, \nabla_x S(x_i) & \text{ID} \\
+    \frac{1}{n_{out}} \, \mathbb{I}[S(x_i) \geq m_{out}] \, \nabla_x S(x_i) & \text{outlier}
+    \end{cases}
+
+The *sum* of their norms is the mean over the ID samples plus the mean over the outliers, the
+equation of the paper: ``scale="paper"``. The released code takes their *mean*, which is smaller by
+:math:`B`; as this is what the authors trained, ``scale="released"`` is the default. Equal losses
+need
+
+.. math::
+    \beta_{paper} = \beta_{released} / B
+
+so that the authors' :math:`\beta = 1`, with 64 ID samples and 64 outliers, is 1/128 in terms of
+the equation, and the strength of ``released`` depends on the batch size.
+
+Paper and released code
+-----------------------
+
+==================  =========================  =========================  =======================
+Step                Paper                      Released code              Here
+==================  =========================  =========================  =======================
+gradient term       sum of two means           mean over the batch        both, by ``scale``
+norm                of each sample, over all   as in the paper            as in the paper
+                    pixels
+forward passes      not stated                 two: normalization layers  one
+                                               update twice
+margins             not in the parts that we   -25 and -7                 as released
+                    know
+weights α, β        0.1 and 1                  0.1 and 1, in its          as released
+                                               commands
+adaptive weight     –                          an option                  left out
+==================  =========================  =========================  =======================
 
 **Batch normalization.** ID samples and outliers go through the network in one batch. In training
 mode its statistics tie the samples together: the gradient with respect to one input contains its
@@ -27,10 +85,27 @@ effect on the scores of all others, and even a sample that is not smoothed itsel
 gradients of single samples, as in the equation, exist only where samples do not interact
 (evaluation mode, group or layer normalization).
 
-**Cost.** One forward pass, a backward pass to the input that is itself recorded, and a backward
-pass through both: on a ResNet-20, about three times the time and more than twice the memory of the
-same step without the gradient term (``benchmarks/greg_cost.py``). Attention runs without its fused
-kernels, which have no second derivative.
+Costs
+-----
+
+A step has a forward pass, a backward pass to the inputs that is itself recorded, and a backward
+pass through both. So it takes a multiple of the time and memory of a step without gradient term;
+both grow with batch and network as those do. Attention runs without its fused kernels, which have
+no second derivative. At test time nothing is added.
+
+When not to use it
+------------------
+
+- **No outliers, or none like those to come.** What is learned from one kind need not carry over
+  to another.
+- **Margins that do not fit the energies of the network.** Beyond them is where samples are
+  smoothed: if none is there, the gradient term is 0, and the energy term may cost accuracy. Take
+  them from the energies of some ID samples and outliers.
+- **Inputs that have no gradient**, such as token ids.
+- **Networks without a second derivative**: compiled ones are refused.
+
+Reference
+---------
 
 ..  autoclass:: pood_plugins.loss.GRegLoss
     :members:
@@ -44,7 +119,7 @@ kernels, which have no second derivative.
 import logging
 import math
 from contextlib import contextmanager, nullcontext
-from typing import Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +127,6 @@ from pytorch_ood.api import LossInfo, Paper, Representation, Task
 from pytorch_ood.loss.crossentropy import cross_entropy
 from pytorch_ood.utils import is_known
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 log = logging.getLogger(__name__)
@@ -104,7 +178,8 @@ def gradient_norms(
             "The outputs of the model have no gradient with respect to its inputs; remove no_grad "
             "and detach from its forward pass, and freeze layers with requires_grad_(False)"
         )
-    return torch.linalg.vector_norm(gradient.flatten(1).to(score.dtype), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1).to(score.dtype), dim=1)
+    return norms
 
 
 class GRegLoss(nn.Module):
@@ -306,7 +381,13 @@ class GRegLoss(nn.Module):
 
 class _Hardsigmoid(TorchFunctionMode):
     # the derivative of hardsigmoid cannot be differentiated, that of relu6 can
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Tuple[Any, ...] = (),
+        kwargs: Optional[Dict[str, Any]] = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not F.hardsigmoid:
             return func(*args, **kwargs)
@@ -316,6 +397,9 @@ class _Hardsigmoid(TorchFunctionMode):
 
 @contextmanager
 def _twice_differentiable() -> Iterator[None]:
+    # imported here, so that a torch without it can still import the package's other losses
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     # both apply to modules and functions alike, and leave the model untouched
     with sdpa_kernel(SDPBackend.MATH), _Hardsigmoid():
         yield

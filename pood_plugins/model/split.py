@@ -107,7 +107,7 @@ class _InModeOf(nn.Module):
     model: nn.Module
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         return self.model.training
 
     @training.setter
@@ -180,7 +180,8 @@ class SplitModel(_InModeOf):
         :param x: inputs
         :return: logits of shape :math:`B \\times C`
         """
-        return self.head(self.encoder(x))
+        logits: Tensor = self.head(self.encoder(x))
+        return logits
 
 
 class _ConvolutionHead(nn.Linear):
@@ -441,7 +442,7 @@ class _Trace:
         self.cuts = dict(sorted(cuts.items(), key=lambda item: item[1].end))
 
     def _find_head(self, output: Tensor) -> str:
-        heads = {
+        heads: dict[str, _Call] = {
             name: self.calls[module][-1]
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and module in self.calls
@@ -454,7 +455,7 @@ class _Trace:
             raise _refusal(self.model, f"it has several heads ({', '.join(heads)})")
         if heads:
             raise _refusal(self.model, f"it returns something else than its {''.join(heads)} does")
-        convolutions = {
+        convolutions: dict[str, int] = {
             name: self.calls[module][-1].end
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Conv2d)
@@ -469,7 +470,7 @@ class _Trace:
 
     def _check_encoder(self) -> Tensor:
         try:
-            features = self.encoder(self.more_x)
+            features: Tensor = self.encoder(self.more_x)
         except RuntimeError as error:
             raise _refusal(self.model, f"its head can't be taken off: {error}") from error
         expected = self.model(self.more_x)
@@ -659,6 +660,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules())
+    if compiled and not hasattr(torch.compiler, "set_stance"):
+        raise _refusal(model, "parts of it are compiled, which needs torch 2.6: split it first")
     try:
         # compiled sub-modules run as they are written, or hooks would be compiled, too
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():

@@ -117,7 +117,8 @@ def construct(arch: str, num_classes: int | None = None) -> nn.Module:
         _check_key(arch)
         entry = get_model_info(arch)
         module, _, name = entry.arch_class.rpartition(".")
-        return getattr(import_module(module), name)(**entry.arch_kwargs)
+        made: nn.Module = getattr(import_module(module), name)(**entry.arch_kwargs)
+        return made
     model = _construct(arch, num_classes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{arch} gives a {type(model).__name__}: it must be a torch.nn.Module")
@@ -196,7 +197,7 @@ def _construct(arch: str, num_classes: int | None) -> Any:
     return build(**arguments)
 
 
-def _takes_classes(construct: Callable) -> bool:
+def _takes_classes(construct: Callable[..., Any]) -> bool:
     parameters = inspect.signature(construct).parameters
     any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return any_name or "num_classes" in parameters
@@ -213,7 +214,8 @@ def _torchvision(name: str, num_classes: int) -> nn.Module | None:
         return None
     two = name in ("googlenet", "inception_v3")  # they train with a second head or two
     extra = {"aux_logits": False, "init_weights": False} if two else {}
-    return models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    made: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    return made
 
 
 def _pytorch_ood(name: str, num_classes: int) -> nn.Module | None:
@@ -301,7 +303,9 @@ def _read_state(path: Path) -> dict[str, Any]:
                 state = state.get("state_dict", state)  # as training scripts wrap it
         if not _is_state(state):
             raise ValueError("it holds no state dict")
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+        tensors: dict[str, Any] = {
+            name.removeprefix("module."): value for name, value in state.items()
+        }
     except ImportError as error:
         raise ImportError("reading .safetensors needs pip install pood-plugins[deploy]") from error
     except Exception as error:  # what a damaged file raises depends on where the damage is
@@ -312,7 +316,7 @@ def _read_state(path: Path) -> dict[str, Any]:
             f"{path} is damaged or no state dict ({short(reason, 120)}): copy it again, or save "
             "a state dict"
         ) from error
-    return state
+    return tensors
 
 
 def _load(path: Path) -> Any:

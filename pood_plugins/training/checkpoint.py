@@ -45,7 +45,7 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     Writes a file at once: whatever happens, its content is the old one or the whole new one.
 
@@ -65,7 +65,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: str | os.PathLike, state: Any) -> None:
+def save_checkpoint(path: str | os.PathLike[str], state: Any) -> None:
     """
     Writes a state, at once.
 
@@ -78,7 +78,7 @@ def save_checkpoint(path: str | os.PathLike, state: Any) -> None:
         _write(file, text, tensors)
 
 
-def load_checkpoint(path: str | os.PathLike) -> Any:
+def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     """
     :param path: file that :func:`save_checkpoint` wrote
     :return: the state, with tensors on CPU

@@ -52,7 +52,7 @@ class CIFAR10(NamedTuple):
     outliers: ImagePack  #: training outliers, labeled -1
 
 
-def load_cifar10(folder: str | os.PathLike) -> CIFAR10:
+def load_cifar10(folder: str | os.PathLike[str]) -> CIFAR10:
     """
     :param folder: where weights and images lie
     :return: classifier and data

@@ -75,8 +75,8 @@ class DivergenceError(RuntimeError):
 
 def finetune(
     split: SplitModel,
-    id_loader: DataLoader,
-    outlier_loader: DataLoader | None,
+    id_loader: DataLoader[Any],
+    outlier_loader: DataLoader[Any] | None,
     criterion: nn.Module,
     *,
     epochs: int,
@@ -86,7 +86,7 @@ def finetune(
     candidates_per_step: int = 384,
     device: str | torch.device | None = None,
     clip_norm: float | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     amp: bool = False,
     progress: bool = True,
@@ -262,7 +262,7 @@ class _Run:
                 raise _divergence(self.epochs + 1, len(self.history), {name: math.nan})
         self.epochs += 1
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         random = {
             "torch": torch.get_rng_state(),
             "loaders": [generator.get_state() for generator in self.generators],
@@ -279,7 +279,7 @@ class _Run:
         }
         save_checkpoint(path, state)
 
-    def load(self, path: str | os.PathLike) -> None:
+    def load(self, path: str | os.PathLike[str]) -> None:
         state = load_checkpoint(path)
         model = self.split.model
         if _shapes(state["model"]) != _shapes(model.state_dict()):
@@ -366,7 +366,7 @@ def _loss_terms(
     return {"loss": loss, "cross_entropy": nll}
 
 
-def _id_batches(loader: DataLoader, n_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _id_batches(loader: DataLoader[Any], n_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in loader:
         x, targets = _unpack(batch, "id_loader")
         lowest, highest = int(targets.min()), int(targets.max())
@@ -378,7 +378,7 @@ def _id_batches(loader: DataLoader, n_classes: int) -> Iterator[tuple[Tensor, Te
         yield x, targets
 
 
-def _outliers(loader: DataLoader | None, size: int | None) -> Iterator[Tensor]:
+def _outliers(loader: DataLoader[Any] | None, size: int | None) -> Iterator[Tensor]:
     """Outliers without end: in the batches of the loader or, if that is given, of a size."""
     pool = None
     while loader is not None:
@@ -444,7 +444,7 @@ def _shapes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _generators(*loaders: DataLoader | None) -> list[torch.Generator]:
+def _generators(*loaders: DataLoader[Any] | None) -> list[torch.Generator]:
     """Generators that the loaders and their samplers were given, each once."""
     holders = [
         holder
@@ -471,7 +471,7 @@ def _describe(thing: object, attributes: Mapping[str, Any]) -> str:
     return f"{type(thing).__name__}({', '.join(plain)})"
 
 
-def _n_batches(loader: DataLoader) -> int:
+def _n_batches(loader: DataLoader[Any]) -> int:
     try:
         n = len(loader)
     except TypeError:
@@ -489,7 +489,7 @@ def _check_arguments(
     epochs: int,
     candidates_per_step: int,
     clip_norm: float | None,
-    checkpoint: str | os.PathLike | None,
+    checkpoint: str | os.PathLike[str] | None,
     resume: bool,
 ) -> None:
     if not isinstance(split, SplitModel):
@@ -508,7 +508,9 @@ def _check_arguments(
 
 
 def _check_use_of_outliers(
-    criterion: nn.Module, outlier_loader: DataLoader | None, sampler: EnergyClusterSampler | None
+    criterion: nn.Module,
+    outlier_loader: DataLoader[Any] | None,
+    sampler: EnergyClusterSampler | None,
 ) -> None:
     info = getattr(criterion, "info", None)  # of losses of pytorch-ood and its plugins
     name = type(criterion).__name__

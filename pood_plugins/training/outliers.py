@@ -1,9 +1,53 @@
-"""
-GReg+ does not train on random outliers. Each step draws a larger pool of candidates, clusters
+r"""
+GReg+ does not train on random outliers: each step draws a larger pool of candidates, clusters
 their features, and keeps from every cluster the candidates with the lowest and the highest energy.
 The former look most like ID data, and the energy term of :class:`pood_plugins.loss.GRegLoss`
 corrects them; the latter are detected already, and its gradient term smooths the score around
 them. The clusters keep the choice diverse.
+
+Of candidates with features :math:`z_i` and energies :math:`S_i = -\log \sum_c e^{f_c(x_i)}`,
+k-means divides the points :math:`z_i / \lVert z_i \rVert_2` into clusters :math:`K_1, \dots, K_k`,
+and selected are
+
+.. math::
+    \bigcup_j \Big\{ \arg\min_{i \in K_j} S_i, \; \arg\max_{i \in K_j} S_i \Big\}.
+
+Paper and released code
+-----------------------
+
+====================  ======================  =========================  ========================
+Step                  Paper                   Released code              Here
+====================  ======================  =========================  ========================
+candidates in a step  not in the parts that   384 for 64 ID samples, on  ``candidates_per_step``
+                      we know                 CIFAR                      of ``finetune``: 384
+clusters              as many as ID samples   the same, at most 64       ``n_clusters``: 64
+features              of unit length          the same, or others        of unit length, or as
+                                                                         they are
+number of outliers    what the clusters give  twice the ID samples,      what is asked for,
+                                              random ones fill up        random ones fill up
+lowest energy         energy term only        both terms, the margins    both terms, the margins
+                                              decide                     decide
+highest energy        gradient term only      likewise, an option        likewise, ``two_way``
+ranks of energy       –                       an option                  ``energy_window``
+optimizer             SGD; Adam for ImageNet  Adam                       that of ``finetune``
+====================  ======================  =========================  ========================
+
+Costs
+-----
+
+A step has a forward pass over all :math:`N` candidates, without gradients, and k-means of their
+:math:`D` features: :math:`O(NkD)` for each iteration of each restart, and
+:math:`O(NkD \log k)` to begin with; :math:`O(N (D + k))` numbers in memory. That is on top of the
+training step, and independent of the size of the outlier set.
+
+When not to use it
+------------------
+
+- **Few outliers.** If the pool is hardly larger than what is selected, all are selected.
+- **Forward passes that are dear.** Most of the candidates are looked at and not trained with.
+
+Reference
+---------
 
 ..  autoclass:: pood_plugins.training.EnergyClusterSampler
     :members:

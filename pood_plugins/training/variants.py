@@ -57,8 +57,8 @@ def make_criterion(train: str, **hyperparameters: float) -> nn.Module:
 
 def finetune_variant(
     split: SplitModel,
-    id_loader: DataLoader,
-    outlier_loader: DataLoader,
+    id_loader: DataLoader[Any],
+    outlier_loader: DataLoader[Any],
     train: str,
     *,
     learning_rate: float,
