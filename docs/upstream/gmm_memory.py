@@ -17,7 +17,7 @@ from pytorch_ood.detector import GMM
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WORKAROUND = None
+WORKAROUND = "pood_plugins.evaluation.runner"
 
 
 class Largest(TorchDispatchMode):

@@ -50,6 +50,7 @@ from typing import Any
 import torch
 from pytorch_ood.api import Detector, FeaturesDetector, GradientDetector, LogitsDetector
 from pytorch_ood.benchmark import Benchmark
+from pytorch_ood.detector import DICE, GMM
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -61,6 +62,9 @@ from .cache import Cache, of_dataset, of_module, of_value
 from .report import Report, Result
 
 log = logging.getLogger(__name__)
+
+# entries of the largest tensor that DICE and GMM may make of the rows that they score at once
+_ENTRIES = 2**26
 
 
 def run(
@@ -470,9 +474,19 @@ def _evaluate_stored(detector: Detector, source: _Source, stored: _Stored, resul
     original = getattr(detector, attribute)
     setattr(detector, attribute, rest)
     try:
-        _evaluate(detector, stored, {"batch_size": None}, stored.device, labels, result)
+        rows = _rows_at_once(detector, stored)
+        _evaluate(detector, stored, {"batch_size": None}, stored.device, labels, result, rows)
     finally:
         setattr(detector, attribute, original)
+
+
+def _rows_at_once(detector: Detector, stored: _Stored) -> int | None:
+    """Where pytorch-ood makes a tensor of samples x classes x features: how many samples."""
+    if not isinstance(detector, (DICE, GMM)):
+        return None
+    assert stored.known is not None
+    z, y = stored.known
+    return max(1, _ENTRIES // ((int(y.max()) + 1) * z.shape[1]))
 
 
 class _Replay(Detector):
@@ -565,6 +579,7 @@ def _evaluate(
     device: torch.device,
     labels: list[Tensor],
     result: Result,
+    rows_at_once: int | None = None,
 ) -> None:
     """Calls upstream's ``evaluate`` and keeps its metrics and the scores that it saw."""
     for name, y in zip(benchmark.ood_names, labels):
@@ -574,7 +589,7 @@ def _evaluate(
                     f"The test set '{name}' has no {kind} samples, so no metric is defined. OOD "
                     "samples need labels < 0 and ID samples labels >= 0."
                 )
-    with _recorded(detector) as record, warnings.catch_warnings():
+    with _recorded(detector, rows_at_once) as record, warnings.catch_warnings():
         # the only metric that is undefined for constant scores is one that is not reported
         warnings.filterwarnings("ignore", message="AUTC is undefined")
         rows = benchmark.evaluate(detector, loader_kwargs=dict(arguments), device=str(device))
@@ -603,18 +618,22 @@ class _Record:
 
 
 @contextmanager
-def _recorded(detector: Detector) -> Iterator[_Record]:
-    """Keeps the scores that the detector returns meanwhile, and the time it takes for them."""
+def _recorded(detector: Detector, rows_at_once: int | None) -> Iterator[_Record]:
+    """
+    Keeps the scores that the detector returns meanwhile, and the time it takes for them. With
+    ``rows_at_once``, it is not given more rows than that.
+    """
     record = _Record()
     depth = 0
 
     def recording(method: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             nonlocal depth
             start = time.perf_counter()
             depth += 1
             try:
-                scores: Tensor = method(*args, **kwargs)
+                parts = [x] if rows_at_once is None or depth > 1 else x.split(rows_at_once)
+                scores = torch.cat([method(part, *args, **kwargs) for part in parts])
             finally:
                 depth -= 1
             if depth == 0:  # `predict` may call `predict_features`

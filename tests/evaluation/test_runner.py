@@ -25,7 +25,7 @@ from torchvision.transforms import Normalize
 from pood_plugins import registry
 from pood_plugins.dataset import ImagePack
 from pood_plugins.detector import GROOD, NERO
-from pood_plugins.evaluation import run
+from pood_plugins.evaluation import run, runner
 from pood_plugins.model import split_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -316,6 +316,23 @@ def test_outliers_in_the_training_set_are_as_in_fit(split, name):
     for before, after in zip(scores[0].values(), scores[1].values()):
         for x, y in zip(before, after):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["DICE", "GMM"])
+def test_detectors_that_need_much_memory_score_few_rows_at_once(split, monkeypatch, name):
+    reports, sizes = [], []
+    for entries in (2**26, 7 * CLASSES * 8):
+        monkeypatch.setattr(runner, "_ENTRIES", entries)
+        detector = registry.build(name, split)
+        score = detector.predict_features
+        detector.predict_features = lambda z, score=score: sizes.append(len(z)) or score(z)
+        reports.append(run(Blobs(), {"row": detector}))
+        assert not reports[-1].failed, reports[-1].failed[0].error
+    assert sizes == [100, 100, *2 * [*14 * [7], 2]]
+    before, after = (report.results[0].scores for report in reports)
+    for name in before:
+        for x, y in zip(before[name], after[name]):
+            torch.testing.assert_close(x, y)
 
 
 def test_sets_without_outliers_name_the_set(split):
