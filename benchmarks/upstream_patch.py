@@ -96,7 +96,7 @@ PATCHES = {
             "GROOD",
         ],
         reference="ElAraby, M., Sahoo, S., Pequignot, Y., Novello, P., & Paull, L. (2025) GROOD: "
-        "GRadient-aware Out-Of-Distribution detection. TMLR.",
+        "GRadient-Aware Out-of-Distribution Detection. TMLR.",
     ),
     "NERO": Patch(
         files={

@@ -8,7 +8,7 @@ The benchmarks of OpenOOD v1.5 on whatever part of the data you have.
 pytorch-ood's own classes, such as :class:`pytorch_ood.benchmark.CIFAR10_OpenOOD`, read OpenOOD's
 image lists, and raise an error if any list is missing. The classes here are the same benchmarks,
 with the same lists, names and order, but for what is missing: they hold the OOD sets that are
-there in full, and say in :attr:`missing` what is not, and why. Nothing is averaged away: near- and
+there in full, and say in ``missing`` what is not, and why. Nothing is averaged away: near- and
 far-OOD means name the sets that they are taken over.
 
 ===================  ======================  =====================================================
@@ -23,7 +23,7 @@ imagenet-openood     ``PartialImageNet``     as above
 
 A set is there if its list is and all images of the list are. The ID test set must be there.
 Without the ID training set only detectors without fitting can be evaluated, and without the
-validation sets :meth:`validation_set` is an error.
+validation sets ``validation_set`` is an error.
 
 Lists are looked for in ``imglists`` if that is given, otherwise in ``benchmark_imglist`` below or
 beside the root folder, where OpenOOD puts it, and where pytorch-ood puts them,

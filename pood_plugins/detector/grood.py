@@ -4,7 +4,7 @@ nearest-class-prototype loss with respect to an artificial *OOD prototype*, a po
 space that stands for everything unknown. Training samples pull this point in a few typical ways;
 inputs that pull differently are outliers.
 
-It is the method of *GROOD: GRadient-aware Out-Of-Distribution detection* by ElAraby, Sahoo,
+It is the method of *GROOD: GRadient-Aware Out-of-Distribution Detection* by ElAraby, Sahoo,
 Pequignot, Novello and Paull (`TMLR 2025 <https://arxiv.org/abs/2312.14427>`__). The released code
 is the one in `OpenOOD <https://github.com/Jingkang50/OpenOOD>`__.
 
@@ -272,7 +272,7 @@ class Explanation:
 
 class GROOD(FeaturesDetector):
     """
-    Implements *GROOD: GRadient-aware Out-Of-Distribution detection*.
+    Implements *GROOD: GRadient-Aware Out-of-Distribution Detection*.
 
     Fitting computes the class prototypes (the mean feature of each ID class), an OOD prototype
     :math:`o`, and a bank with the gradients :math:`g` of the training samples (see
@@ -311,7 +311,7 @@ class GROOD(FeaturesDetector):
     #: Publication and tasks.
     info = DetectorInfo(
         paper=Paper(
-            title="GROOD: GRadient-aware Out-Of-Distribution detection",
+            title="GROOD: GRadient-Aware Out-of-Distribution Detection",
             venue="TMLR",
             year=2025,
             url="https://arxiv.org/abs/2312.14427",

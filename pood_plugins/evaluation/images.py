@@ -31,6 +31,7 @@ from ..benchmark.openood import OPENOOD_CLASSES, is_packed, openood
 from ..model.preprocessing import Preprocessing, complete
 from ..model.split import split_model
 from ..model.zoo import load_classifier
+from ..persistence import fingerprint
 from .report import Report
 from .rows import SLOW, RowBuilder
 from .runner import run
@@ -139,8 +140,6 @@ def run_images(
     everything = detectors is not None and [d.casefold() for d in detectors] == ["all"]
     if detectors is None or everything:
         built, refused = rows.build_all(images=everything)
-        for row, reason in refused.items():
-            log.info(f"{row} is left out: {reason}")
     else:
         built, refused = dict(rows.build(detector) for detector in detectors), {}
     limits = SLOW if max_images is None else max_images
@@ -163,6 +162,7 @@ def run_images(
         benchmark=name,
         arch=arch,
         weights=None if weights is None else Path(weights).name if arch else weights,
+        weights_sha256=fingerprint(split.model),
         preprocessing=repr(transform),
         packed=packed,
         left_out=refused,

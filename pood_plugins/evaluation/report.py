@@ -6,7 +6,7 @@ mean. AUROC, AUPR and FPR95 are those of :class:`pytorch_ood.metrics.OODMetrics`
 positive class: FPR95 is the share of ID samples that are flagged when 95 % of the OOD samples are
 found. All are fractions in :math:`[0, 1]`.
 
-:meth:`Report.bootstrap` adds what another draw of the test images might have given: 95 %
+:meth:`.Report.bootstrap` adds what another draw of the test images might have given: 95 %
 confidence intervals, and for each row the paired difference in AUROC to the best baseline, which
 is the row of pytorch-ood's own detectors with the highest AUROC. In tables, ▲ and ▼ mark rows that
 are better and worse than it by more than such a draw explains, and ≈ marks the others.
@@ -32,6 +32,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean, stdev
@@ -328,10 +329,11 @@ class Report:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """
         Writes results, what the means are taken over, and what it takes to repeat them: versions,
-        device, commit and whatever the metadata hold.
+        device, commit, the date and whatever the metadata hold.
         """
         parts = self._parts or [self]
         content = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **environment(),
             **self.metadata,
             "ood": self.ood_names,

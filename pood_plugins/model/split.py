@@ -1,6 +1,6 @@
 """
 Detectors ask for parts of a classifier: the features before its last layer, the last layer, the
-feature maps before global pooling, the output of an early stage. :func:`split_model` cuts any
+feature maps before global pooling, the output of an early stage. :func:`.split_model` cuts any
 classifier that ends in an :class:`torch.nn.Linear`, or in a 1×1 convolution that does the same,
 into these parts, whether it comes from torchvision, timm, pytorch-ood or your own code:
 
@@ -121,7 +121,7 @@ class _InModeOf(nn.Module):
 
 class SplitModel(_InModeOf):
     """
-    A classifier and its parts, made by :func:`split_model`. Called with inputs, it returns
+    A classifier and its parts, made by :func:`.split_model`. Called with inputs, it returns
     ``head(encoder(x))``, the logits of the model.
 
     Its one sub-module is the model, so every parameter counts once. The parts share the model's
