@@ -5,6 +5,7 @@ The ``pood`` command.
 
     $ pood list detectors
     $ pood benchmark digits
+    $ pood benchmark digits --quick
     $ pood benchmark digits --detectors GROOD,NERO,Energy,KNN --output results/mine
     $ pood benchmark digits --train greg
     $ pood benchmark cifar10-openood --root data --arch resnet20 --weights resnet20.pt
@@ -23,7 +24,9 @@ The ``pood`` command.
 ``report.html``, see :mod:`pood_plugins.evaluation.html`.
 
 - ``digits`` trains its own classifiers; with ``--train HOW``, they are fine-tuned with the
-  benchmark's training outliers first.
+  benchmark's training outliers first. ``--quick`` takes one network, two epochs and five
+  detectors, to see in seconds that an installation works. Its table and its json say that it is no
+  result to report.
 - ``cifar10-openood``, ``cifar100-openood``, ``imagenet200-openood`` and ``imagenet-openood`` are
   OpenOOD's benchmarks on the data sets that are there, see :mod:`pood_plugins.benchmark.openood`.
 - ``folder`` is a benchmark of your own images, see :mod:`pood_plugins.benchmark.folder`.
@@ -77,7 +80,7 @@ if TYPE_CHECKING:
     from .model.split import SplitModel
     from .persistence import Saved
 
-    _Task = tuple[SplitModel, Dataset, Callable[..., list[dict[str, float]]]]
+    _Task = tuple[SplitModel, Dataset[Any], Callable[..., list[dict[str, float]]]]
 
 _KINDS = {"detectors": "detector", "losses": "loss", "benchmarks": "benchmark"}
 _TRAININGS = ("ce", "oe", "energy", "greg", "greg+")
@@ -104,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
             with distributed.join(getattr(options, "device", "cpu")):
-                return distributed.exchange(options.run(options), "exit status")[0]
+                status: int = options.run(options)
+                return distributed.exchange(status, "exit status")[0]
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -174,6 +178,12 @@ def _add_benchmark(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     benchmark.add_argument(
         "--seeds", type=_positive, metavar="N", help="digits: networks (default: 3)"
+    )
+    benchmark.add_argument(
+        "--quick",
+        action="store_true",
+        help="digits: one network, few epochs and detectors, to see that it runs; no result to "
+        "report",
     )
     benchmark.add_argument(
         "--train",
@@ -472,7 +482,7 @@ def _benchmark(options: argparse.Namespace) -> int:
 
     print(report.to_text())
     print("AUROC and FPR95 in percent, OOD is the positive class; * marks the best of a column.")
-    seeds = options.seeds or 3
+    seeds = 1 if options.quick else options.seeds or 3
     if digits and seeds > 1:
         print(f"Mean ± standard deviation of {seeds} networks, trained with seeds from 0.")
     if not digits:
@@ -480,6 +490,8 @@ def _benchmark(options: argparse.Namespace) -> int:
             "▲ better and ▼ worse in AUROC than the best of pytorch-ood's detectors, by more than "
             "another draw of the test images explains; ≈ not told apart; [95 % interval]."
         )
+    for name, reason in report.metadata.get("left_out", {}).items():
+        print(f"pood: {name} is left out: {reason}", file=sys.stderr)
     for result in report.failed:
         print(f"pood: {result.detector} failed: {result.error}", file=sys.stderr)
     print(f"Report: {output}")
@@ -491,11 +503,11 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     name = options.name.casefold()
     folders, images = ("test", "near", "far"), ("root", "download", "option")
     classifier = ("arch", "weights", "classes", "size", "mean", "std")
-    unused: tuple[str, ...] = ("seeds", "train", *folders)
+    unused: tuple[str, ...] = ("seeds", "quick", "train", *folders)
     if name == "digits":
         unused = (*folders, *images, *classifier, "features_cache", "max_images", "workers")
     elif name == "folder":
-        unused = ("seeds", *images)
+        unused = ("seeds", "quick", *images)
     given = [argument for argument in unused if getattr(options, argument) not in (None, [], 0)]
     given = [argument for argument in given if getattr(options, argument) is not False]
     if given:
@@ -514,6 +526,8 @@ def _run_digits(options: argparse.Namespace, detectors: list[str] | None) -> "Re
     if options.train is not None and options.train not in _TRAININGS:
         choices = ", ".join(_TRAININGS)
         raise LookupError(f"no way to fine-tune is called {options.train!r}: choose {choices}")
+    if options.quick and options.seeds is not None:
+        raise LookupError("--quick trains one network: leave out --seeds")
     from .evaluation.digits import run_digits
 
     seeds = range(options.seeds or 3)
@@ -523,6 +537,7 @@ def _run_digits(options: argparse.Namespace, detectors: list[str] | None) -> "Re
         device=options.device,
         train=options.train,
         sheets=options.html,
+        quick=options.quick,
     )
 
 
@@ -780,7 +795,7 @@ def _compact(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {text(value)[:60]}" for name, value in values.items())
 
 
-def _accuracy(split: "SplitModel", dataset: "Dataset") -> float:
+def _accuracy(split: "SplitModel", dataset: "Dataset[Any]") -> float:
     import torch
     from torch.utils.data import DataLoader
 

@@ -498,7 +498,8 @@ def _odd_tensors() -> dict[str, Callable[[torch.Tensor], Any]]:
         "half": lambda t: t.half(),
         "double": lambda t: t.double(),
         "float8": lambda t: t.to(torch.float8_e4m3fn),
-        "float4": lambda t: t.to(torch.uint8).view(torch.float4_e2m1fn_x2),
+        # torch 2.8 and later
+        "float4": lambda t: t.to(torch.uint8).view(getattr(torch, "float4_e2m1fn_x2", torch.int8)),
         "sparse": lambda t: t.to_sparse(),
         "meta": lambda t: t.to("meta"),
         "one for all": lambda t: torch.zeros(()).expand(t.shape),

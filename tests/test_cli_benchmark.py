@@ -220,7 +220,7 @@ def metrics(folder):
 def test_figures_are_those_of_the_network(place, arrays, first):
     """MSP and Energy from the arrays themselves, and AUROC by comparing all pairs of scores."""
     model = resnet20(10).eval()
-    model.load_state_dict(torch.load(place / "cifar10.pt"))
+    model.load_state_dict(torch.load(place / "cifar10.pt", weights_only=True))
     normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def logits(x):
@@ -340,7 +340,8 @@ def test_all_detectors(place, tmp_path, capsys, no_pictures):
     assert set(names) | left_out.keys() == installed | variants
     error = capsys.readouterr().err
     assert error.startswith("pood: warning: MCD compares predictions under dropout")
-    assert len(error.splitlines()) == 1
+    assert [line.split()[1] for line in error.splitlines()[1:]] == ["MCM", "WeightedEBO"]
+    assert error.count(" is left out: ") == 2
 
 
 def test_default_detectors_need_no_images(place, tmp_path, no_pictures):
@@ -392,7 +393,7 @@ def test_key_of_pytorch_ood(place, tmp_path, monkeypatch, no_pictures):
     normalizations, noise_prototype = [], module.noise_prototype
     monkeypatch.setattr(module, "noise_prototype", recorded)
     model = import_module("generated_networks").small()
-    model.load_state_dict(torch.load(place / "small.pt"))
+    model.load_state_dict(torch.load(place / "small.pt", weights_only=True))
     monkeypatch.setattr(pytorch_ood.model, "load_model", lambda _: model)
     key = ["--weights", "wrn-40-2/cifar10/crossentropy"]
     mean, std = ([str(x / 255) for x in v] for v in ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]))
@@ -496,6 +497,60 @@ def test_values_of_options():
         arguments = cli._parser().parse_args([*BASE, "--option", f"key={text}"])
         ((key, found),) = arguments.option
         assert key == "key" and found == value and type(found) is type(value)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Epochs of each network that the digits benchmark has trained or fine-tuned."""
+    from pood_plugins.evaluation import digits
+
+    epochs = {"train_classifier": [], "finetune_classifier": []}
+
+    def watch(name):
+        original = getattr(digits, name)
+
+        def watched(*given, **settings):
+            epochs[name].append(settings.get("epochs"))
+            return original(*given, **settings)
+
+        monkeypatch.setattr(digits, name, watched)
+
+    for name in epochs:
+        watch(name)
+    return epochs
+
+
+REMARK = "Quick run: one network, trained for 2 epochs; no result to report."
+
+
+def test_quick_run_says_that_it_is_no_result(trained, tmp_path, capsys, no_pictures):
+    arguments = ["benchmark", "digits", "--quick", "--html", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    assert trained == {"train_classifier": [2], "finetune_classifier": []}
+    out = capsys.readouterr().out
+    assert REMARK in out.splitlines() and "Mean ±" not in out
+    assert REMARK in (tmp_path / "results.md").read_text().splitlines()
+    assert "no result to report" in (tmp_path / "report.html").read_text()
+    written = record(tmp_path)
+    assert written["quick"] and written["seeds"] == [0]
+    assert "no result to report" in written["notes"]["Quick run"]
+    assert list(metrics(tmp_path)) == ["MSP", "Energy", "KNN", "NERO", "GROOD"]
+
+
+def test_quick_run_of_other_rows(trained, tmp_path, capsys, no_pictures):
+    arguments = ["benchmark", "digits", "--quick", "--detectors", "MSP,GReg -> Energy"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert trained == {"train_classifier": [2], "finetune_classifier": [2]}
+    assert list(metrics(tmp_path)) == ["MSP", "GReg → Energy"]
+    assert REMARK in capsys.readouterr().out
+
+
+def test_other_runs_of_digits_say_nothing_of_it(trained, tmp_path, capsys, no_pictures):
+    arguments = ["benchmark", "digits", "--seeds", "1", "--detectors", "MSP"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert trained["train_classifier"] == [None]
+    assert not record(tmp_path)["quick"] and record(tmp_path)["notes"] == {}
+    assert "Quick" not in capsys.readouterr().out
 
 
 # what goes wrong
@@ -734,6 +789,10 @@ def test_errors_of_registered_benchmarks(generated, tmp_path, capsys):
         (["cifar10-openood", "--train", "greg"], "cifar10-openood has no use for --train"),
         (["cifar10-openood", "--near", "a=b"], "cifar10-openood has no use for --near"),
         (["imagenet-openood", "--seeds", "2"], "imagenet-openood has no use for --seeds"),
+        (["cifar10-openood", "--quick"], "cifar10-openood has no use for --quick: leave it out"),
+        (["folder", "--quick"], "folder has no use for --quick: leave it out"),
+        (["KvasirV2", "--quick"], "KvasirV2 has no use for --quick: leave it out"),
+        (["digits", "--quick", "--seeds", "2"], "--quick trains one network: leave out --seeds"),
     ],
 )
 def test_arguments_without_use_are_refused(given, message, capsys):

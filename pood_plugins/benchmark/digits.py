@@ -41,7 +41,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pytorch_ood.api import BenchmarkInfo, Task
@@ -101,13 +101,13 @@ class Digits(Benchmark):
             UniformNoise(transform=transform),
         ]
 
-    def train_set(self) -> Dataset:
+    def train_set(self) -> Dataset[Any]:
         """
         :return: ID training set, 540 digits with labels 0 to 5
         """
         return self._digits("train")
 
-    def validation_set(self) -> Dataset:
+    def validation_set(self) -> Dataset[Any]:
         """
         :return: ID validation set and validation OOD (label -1). The only data to choose
             hyper-parameters by.
@@ -115,13 +115,13 @@ class Digits(Benchmark):
         ood = GreyPatches("china.jpg", half="right", transform=self._transform)
         return ConcatDataset([self._digits("validation"), ood])
 
-    def outlier_set(self) -> Dataset:
+    def outlier_set(self) -> Dataset[Any]:
         """
         :return: training outliers, labeled -1: for methods that use example outliers
         """
         return GreyPatches("china.jpg", half="left", transform=self._transform)
 
-    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset]:
+    def test_sets(self, known: bool = True, unknown: bool = True) -> list[Dataset[Any]]:
         """
         :param known: include ID
         :param unknown: include OOD
@@ -221,7 +221,7 @@ def finetune_classifier(
     epochs: int = 5,
     *,
     device: str | torch.device | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
     **settings: float,
@@ -266,7 +266,7 @@ def finetune_classifier(
     )
 
 
-def _stack(dataset: Dataset, device: str | torch.device) -> tuple[Tensor, Tensor]:
+def _stack(dataset: Dataset[Any], device: str | torch.device) -> tuple[Tensor, Tensor]:
     # with a generator of its own, since iterating draws a number from one
     loader = DataLoader(dataset, batch_size=256, generator=torch.Generator())
     x, y = (torch.cat(batches).to(device) for batches in zip(*loader))

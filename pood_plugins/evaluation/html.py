@@ -257,7 +257,7 @@ def _remarks(report: Report) -> str:
         "failed": ("Failed", {r.detector: str(r.error) for r in report.failed}),
         "left-out": ("Left out", report.metadata.get("left_out") or {}),
         "missing": ("Missing sets", report.missing),
-        "notes": ("Notes on sets", report.notes),
+        "notes": ("Notes", report.notes),
     }
     return "".join(
         f'<h3 id="{key}">{title}</h3>\n{_definitions(said)}'

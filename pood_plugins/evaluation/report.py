@@ -99,7 +99,7 @@ class Report:
         :param far_ood_names: those that the far-OOD mean is taken over
         :param metadata: further entries of the json, e.g. the seed
         :param missing: sets that the benchmark should have and has not, with the reason
-        :param notes: what is to be said of sets that it has
+        :param notes: what is to be said of sets that it has, or of the run
         """
         self.results = list(results)
         self.ood_names = list(ood_names)

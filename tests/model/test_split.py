@@ -749,6 +749,7 @@ def test_a_head_outside_the_registered_modules_is_refused():
         split_model(Hidden())
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
 @torch.no_grad()
 def test_compiled_parts_of_a_model():
     model, x = mlp().eval(), random(3, 6)
@@ -758,6 +759,14 @@ def test_compiled_parts_of_a_model():
     split = split_model(model, "1", example=x)
     close(split(x), expected)
     close(split.head(split.late(split.early(x))), expected)
+
+
+def test_compiled_parts_are_refused_by_an_older_torch(monkeypatch):
+    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
+    model = mlp().eval()
+    model[0] = torch.compile(model[0], backend="eager")
+    with pytest.raises(ValueError, match="parts of it are compiled, which needs torch 2.6"):
+        split_model(model, example=random(3, 6))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
