@@ -304,7 +304,9 @@ def _add_fit(commands: Any, common: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--fpr", type=float, metavar="X", help="instead: share of the outliers to accept at most"
     )
-    fit.add_argument("--detector", default="GROOD", metavar="NAME", help="default: GROOD")
+    fit.add_argument(
+        "--detector", default="pood-plugins:GROOD", metavar="NAME", help="default: GROOD"
+    )
     fit.add_argument(
         "--option",
         type=_option,
@@ -679,7 +681,7 @@ def _fit(options: argparse.Namespace) -> int:
         workers=options.workers,
     )
     if fitted.n_fit:
-        print(f"{options.detector} was fitted on {fitted.n_fit} images.")
+        print(f"{options.detector.rpartition(':')[2]} was fitted on {fitted.n_fit} images.")
     print(f"The classifier is right on {fitted.accuracy:.1%} of those it was calibrated on.")
     print(fitted.threshold)
     print(f"Saved: {options.output}")

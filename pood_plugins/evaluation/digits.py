@@ -28,24 +28,31 @@ from .rows import RowBuilder
 from .runner import run
 from .sheets import explanation_sheets
 
-#: rows of the table if no others are asked for
+#: rows of the table if no others are asked for; in full, since other distributions may have
+#: detectors of these names
 DEFAULT_DETECTORS = (
-    "MSP",
-    "Energy",
-    "Mahalanobis",
-    "KNN",
-    "ViM",
-    "NERO",
-    "GROOD",
+    "pytorch-ood:MaxSoftmax",
+    "pytorch-ood:EnergyBased",
+    "pytorch-ood:Mahalanobis",
+    "pytorch-ood:KNN",
+    "pytorch-ood:ViM",
+    "pood-plugins:NERO",
+    "pood-plugins:GROOD",
     "GROOD (mean)",
     "GROOD (early mix-up)",
     "GROOD (noise)",
     "GROOD (outliers)",
-    "GReg → Energy",
-    "GReg → GROOD",
+    "GReg → pytorch-ood:EnergyBased",
+    "GReg → pood-plugins:GROOD",
 )
 #: the same for a quick run
-QUICK_DETECTORS = ("MSP", "Energy", "KNN", "NERO", "GROOD")
+QUICK_DETECTORS = (
+    "pytorch-ood:MaxSoftmax",
+    "pytorch-ood:EnergyBased",
+    "pytorch-ood:KNN",
+    "pood-plugins:NERO",
+    "pood-plugins:GROOD",
+)
 
 _ARROW = "→"
 _LOADER: dict[str, Any] = {"batch_size": 256}

@@ -79,17 +79,23 @@ class RowBuilder:
     def build(self, name: str) -> tuple[str, Detector]:
         """
         :param name: row
-        :return: the row's name as tables show it, and its detector
+        :return: the row's name as tables show it, which is ``distribution:Name`` if several
+            distributions have a detector of that name, and its detector
         :raises LookupError: if there is no such detector
+        :raises ImportError: if the class can't be imported
         :raises ValueError: if it can't be built from this classifier and benchmark
         """
         variant = re.fullmatch(r"grood\s*\((.*)\)", name.strip(), re.IGNORECASE)
         if variant:
             source = variant[1].strip()
             settings = self._settings(source if source.startswith("mix-up ") else source.lower())
-            return f"GROOD ({source})", registry.build("GROOD", self.split, **settings)
-        detector = registry.build(name, self.split)
-        return registry.display_name(type(detector).__name__), detector
+            # by this name, as the bare one may come to stand for pytorch-ood's, too
+            detector = registry.build("pood-plugins:GROOD", self.split, **settings)
+            return f"GROOD ({source})", detector
+        info = registry.get_info(name)
+        unique = info.name in registry.list_detectors()
+        row = registry.display_name(info.name) if unique else info.qualified_name
+        return row, registry.build(info.qualified_name, self.split)
 
     def build_all(self, images: bool) -> tuple[dict[str, Detector], dict[str, str]]:
         """
@@ -104,11 +110,11 @@ class RowBuilder:
         variants += ["GROOD (outliers)"] if hasattr(self.benchmark, "outlier_set") else []
         variants += ["GROOD (early mix-up)"] if images else []
         for name in [*names, *variants]:
-            if name in names and not images and not uses_features(registry.load(name)):
-                continue
             try:
+                if name in names and not images and not uses_features(registry.load(name)):
+                    continue
                 row, detector = self.build(name)
-            except ValueError as error:
+            except (ImportError, ValueError) as error:
                 refused[name] = str(error)
                 continue
             rows[row] = detector

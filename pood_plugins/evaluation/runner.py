@@ -45,6 +45,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,20 +134,20 @@ def run(
             for name in own:
                 progress.set_postfix_str(name)
                 detector, source, result = detectors[name], sources[name], results[name]
+                if source:
+                    work = partial(_evaluate_stored, detector, source, stored[source], result)
+                else:
+                    result.images = limits.get(name)
+                    work = partial(_evaluate_raw, detector, data, result)
                 if not result.error:
-                    with _attempt(detector, device, result):
-                        if source:
-                            _evaluate_stored(detector, source, stored[source], result)
-                        else:
-                            result.images = limits.get(name)
-                            _evaluate_raw(detector, data, result)
+                    _attempt(detector, device, result, work)
                 progress.update()
 
         for name, source in sources.items():
             if source:
                 progress.set_postfix_str(name)
-                with _attempt(detectors[name], device, results[name]):
-                    stored[source].extract(data, fit=detectors[name].requires_fit)
+                work = partial(stored[source].extract, data, detectors[name].requires_fit)
+                _attempt(detectors[name], device, results[name], work)
         distributed.together(evaluate, ValueError, "detectors")
 
     for rows in distributed.exchange({name: vars(results[name]) for name in own}, "results"):
@@ -166,23 +167,24 @@ def run(
     )
 
 
-@contextmanager
-def _attempt(detector: Detector, device: torch.device, result: Result) -> Iterator[None]:
+def _attempt(
+    detector: Detector, device: torch.device, result: Result, work: Callable[[], None]
+) -> None:
     """
-    Prepares a detector for what is done in this context. That it fails goes into its row, unless
-    something else is at fault.
+    Prepares a detector and does the work. That it fails goes into its row, unless something else
+    is at fault.
     """
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
-            parts = list(_detectors(detector))
-            models = [model for part in parts for model in _models(part)]
+            parts = _detectors(detector)
+            models = [part for part in _held(parts) if isinstance(part, nn.Module)]
             for model in models:
                 model.eval()
             for part in parts:
                 part.to(device)
             with _gradients_kept(models):
-                yield
+                work()
     except _BrokenBenchmark as error:
         raise ValueError(str(error)) from None
     except distributed.ProcessError:
@@ -484,9 +486,10 @@ def _rows_at_once(detector: Detector, stored: _Stored) -> int | None:
     """Where pytorch-ood makes a tensor of samples x classes x features: how many samples."""
     if not isinstance(detector, (DICE, GMM)):
         return None
-    assert stored.known is not None
-    z, y = stored.known
-    return max(1, _ENTRIES // ((int(y.max()) + 1) * z.shape[1]))
+    assert stored.train is not None
+    z, y = stored.train
+    classes = getattr(stored.head, "out_features", int(y.max()) + 1)
+    return max(1, _ENTRIES // (classes * z.shape[1]))
 
 
 class _Replay(Detector):
@@ -627,13 +630,16 @@ def _recorded(detector: Detector, rows_at_once: int | None) -> Iterator[_Record]
     depth = 0
 
     def recording(method: Any) -> Any:
-        def wrapped(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def wrapped(*args: Any, **kwargs: Any) -> Tensor:
             nonlocal depth
             start = time.perf_counter()
             depth += 1
             try:
-                parts = [x] if rows_at_once is None or depth > 1 else x.split(rows_at_once)
-                scores = torch.cat([method(part, *args, **kwargs) for part in parts])
+                scores: Tensor
+                if rows_at_once is None or depth > 1:
+                    scores = method(*args, **kwargs)
+                else:
+                    scores = torch.cat([method(part) for part in args[0].split(rows_at_once)])
             finally:
                 depth -= 1
             if depth == 0:  # `predict` may call `predict_features`
@@ -655,17 +661,21 @@ def _recorded(detector: Detector, rows_at_once: int | None) -> Iterator[_Record]
             delattr(detector, method)
 
 
-def _detectors(detector: Detector) -> Iterator[Detector]:
+def _detectors(detector: Detector) -> list[Detector]:
     """A detector, and those that it holds: its ``to`` leaves these where they are."""
-    yield detector
-    for value in vars(detector).values():
-        if isinstance(value, Detector):
-            yield from _detectors(value)
+    found = [detector]
+    for part in found:  # which grows meanwhile
+        for value in _held([part]):
+            if isinstance(value, Detector) and not any(value is other for other in found):
+                found.append(value)
+    return found
 
 
-def _models(detector: Detector) -> Iterator[nn.Module]:
-    for value in vars(detector).values():
-        owner = getattr(value, "__self__", value)
-        for candidate in owner if isinstance(owner, (list, tuple)) else [owner]:
-            if isinstance(candidate, nn.Module):
-                yield candidate
+def _held(detectors: Iterable[Detector]) -> Iterator[Any]:
+    """What attributes, and lists, tuples and dictionaries in them, are or are methods of."""
+    for detector in detectors:
+        for value in vars(detector).values():
+            values = value.values() if isinstance(value, dict) else value
+            several = isinstance(value, (dict, list, tuple))
+            for part in values if several else [value]:
+                yield getattr(part, "__self__", part)

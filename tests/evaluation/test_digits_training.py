@@ -47,4 +47,6 @@ def test_default_rows_of_fine_tuned_classifiers(monkeypatch):
     assert trained == [("greg", 4)]
     built.clear(), trained.clear()
     assert run_digits(seeds=[4])["train"] is None
-    assert built[-2:] == ["Energy", "GROOD"] and trained == [("greg", 4)]
+    assert built[-2:] == ["pytorch-ood:EnergyBased", "pood-plugins:GROOD"] and trained == [
+        ("greg", 4)
+    ]

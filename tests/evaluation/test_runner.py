@@ -215,6 +215,66 @@ def test_a_failing_detector_is_a_row_and_the_rest_go_on(split):
     assert not any(name.startswith("predict") for name in vars(detectors["bad"]))
 
 
+class Immovable(Failing):
+    def to(self, device):
+        raise RuntimeError("out of memory")
+
+
+class Committee(FeaturesDetector):
+    """The mean of several detectors, and in a circle."""
+
+    requires_fit = True
+
+    def __init__(self, *members):
+        self.encoder = members[0].encoder
+        self.members = {"all": None, **dict(enumerate(members))}
+        self.more, self.itself = list(members), self
+        self.modes = []
+
+    def fit(self, data_loader):
+        raise AssertionError("features are there already")
+
+    def fit_features(self, z, y):
+        for member in self.more:
+            member.fit_features(z, y)
+        return self
+
+    def predict(self, x):
+        raise AssertionError("features are there already")
+
+    def predict_features(self, z):
+        self.modes += [member.head.training for member in self.more]
+        return torch.stack([member.predict_features(z) for member in self.more]).mean(dim=0)
+
+
+def test_a_detector_that_can_not_be_prepared_is_a_row(split):
+    detectors = {"bad": Immovable(split.encoder), "good": MaxSoftmax(split)}
+    report = run(Blobs(), detectors)
+    assert [r.error for r in report.failed] == ["RuntimeError: out of memory"]
+    alone = run(Blobs(), {"good": MaxSoftmax(split)})
+    assert report.value("good", "far", "AUROC") == alone.value("good", "far", "AUROC")
+
+
+def test_members_of_a_detector_are_prepared(network):
+    split = split_model(network, example=torch.zeros(2, 1, 6, 6)).train()
+    heads = [nn.Linear(8, CLASSES).train() for _ in range(2)]
+    committee = Committee(*(GROOD(split.encoder, head) for head in heads))
+    report = run(Blobs(), {"row": committee})
+    assert not report.failed, report.failed[0].error
+    assert committee.modes and not any(committee.modes) and not network[1].training
+
+
+class ByKeyword(EnergyBased):
+    def predict_features(self, z):  # with a name that upstream does not use
+        return self.predict_logits(logits=z)
+
+
+def test_detectors_may_call_themselves_by_keyword(split):
+    report = run(Blobs(), {"row": ByKeyword(split), "plain": EnergyBased(split)})
+    assert not report.failed
+    assert report.value("row", "far", "AUROC") == report.value("plain", "far", "AUROC")
+
+
 def test_detectors_come_back_whole(split):
     detector, other = KNN(split.encoder, k=3), EnergyBased(split)
     run(Blobs(), {"a": detector, "b": other})
