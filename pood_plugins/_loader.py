@@ -11,6 +11,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Optional
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 def _pytorch_ood() -> Optional[Path]:
     """Folder of the installed pytorch-ood, which is not imported: that takes seconds."""
     spec = importlib.util.find_spec("pytorch_ood")
-    folders = spec.submodule_search_locations if spec is not None else None
-    return Path(folders[0]) if folders else None
+    # without an origin, it is a folder of that name on sys.path and no package
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def _finder() -> ModuleType:
@@ -35,13 +36,21 @@ def _finder() -> ModuleType:
     """
     folder = _pytorch_ood()
     path = folder / "registry.py" if folder is not None else None
-    if path is None or not path.is_file() or "def find_plugins(" not in path.read_text("utf-8"):
-        return entry_points
-    spec = importlib.util.spec_from_file_location("pytorch_ood.registry", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    source = path.read_text("utf-8") if path is not None and path.is_file() else ""
+    if not all(name in source for name in ("def find_plugins(", "class PluginInfo", "KINDS = ")):
+        return entry_points  # there is none, or it is another one
+    name = "pytorch_ood.registry"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        # for whoever imports it later, so that there is one PluginInfo
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 _FINDER = _finder()
@@ -136,7 +145,13 @@ def _upstream(kind: str) -> Iterator[PluginInfo]:
     folder = _pytorch_ood()
     if folder is None:
         return
-    version = importlib.metadata.version("pytorch-ood")
+    try:
+        version = importlib.metadata.version("pytorch-ood")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        found = re.search(
+            r'^__version__ = "(.+)"', (folder / "__init__.py").read_text("utf-8"), re.M
+        )
+        version = found[1] if found else "unknown"
     base = _FINDER.KINDS[kind][1].rpartition(":")[2]
     for name in _exported_classes(folder / kind):
         if name != base:

@@ -3,7 +3,6 @@ Finds the classes that installed packages add to pytorch-ood by entry points in 
 ``pytorch_ood.detectors``, ``pytorch_ood.losses`` and ``pytorch_ood.benchmarks``.
 
 ..  autofunction:: pood_plugins.entry_points.find_plugins
-
 ..  autoclass:: pood_plugins.entry_points.PluginInfo
     :members:
 """
@@ -11,10 +10,11 @@ Finds the classes that installed packages add to pytorch-ood by entry points in 
 import logging
 import re
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, distributions
-from typing import Dict, List
+from functools import lru_cache
+from importlib.metadata import EntryPoint, distribution, distributions
+from typing import List
 
-log = logging.getLogger(__name__)
+_warn = lru_cache(maxsize=None)(logging.getLogger(__name__).warning)  # of each fault once
 
 # kind -> entry-point group and base class
 KINDS = {
@@ -65,15 +65,15 @@ def find_plugins(kind: str = "detector") -> List[PluginInfo]:
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind '{kind}': choose from {', '.join(KINDS)}")
-    found: Dict[str, List[PluginInfo]] = {}
-    for distribution in distributions():
+    group, found = KINDS[kind][0], {}
+    for copy in distributions():
         try:
-            points = [e for e in distribution.entry_points if e.group == KINDS[kind][0]]
-            if points:
-                origin = re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
-                of = (kind, origin, distribution.version)
-                # the first copy on sys.path is the one that is imported
-                found.setdefault(origin, [PluginInfo(e.name, *of, e.value) for e in points])
+            if any(point.group == group for point in copy.entry_points):
+                origin = re.sub(r"[-_.]+", "-", copy.metadata["Name"]).lower()
+                first = distribution(origin)  # on sys.path, so the copy that is imported
+                about = (kind, origin, first.version)
+                points = [point for point in first.entry_points if point.group == group]
+                found[origin] = [PluginInfo(p.name, *about, p.value) for p in points]
         except Exception as error:  # a broken one must not hide the others
-            log.warning(f"Skipped a distribution with unreadable metadata: {error!r}")
+            _warn(f"Skipped a distribution in {copy.locate_file('')}, unreadable: {error!r}")
     return [plugin for plugins in found.values() for plugin in plugins]

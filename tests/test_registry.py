@@ -324,6 +324,13 @@ def test_broken_plugin_fails_by_name_and_alone(install, source, cause):
 # -- pytorch-ood's own registry ------------------------------------------------------------
 
 
+@pytest.fixture
+def clean_modules():
+    yield
+    sys.modules.pop("pytorch_ood.registry", None)
+
+
+@pytest.mark.usefixtures("clean_modules")
 @pytest.mark.parametrize(
     "text, taken", [(OFFERED, True), ("raise RuntimeError", False), (None, False)]
 )
@@ -336,7 +343,42 @@ def test_finder_of_pytorch_ood_is_used_where_there_is_one(tmp_path, monkeypatch,
     assert finder.__file__ == str(path if taken else entry_points.__file__)
     names = {plugin.qualified_name for plugin in finder.find_plugins()}
     assert "pood-plugins:GROOD" in names
+    # whoever imports it later gets the same
+    assert taken == (sys.modules.get("pytorch_ood.registry") is finder)
+    assert finder.PluginInfo("A", "loss", "b", "1", "c:d").qualified_name == "b:A"
+
+
+def test_pytorch_ood_registry_that_can_not_be_run(tmp_path, monkeypatch):
+    (tmp_path / "registry.py").write_text(OFFERED + "\nraise RuntimeError('broken')\n")
+    monkeypatch.setattr(_loader, "_pytorch_ood", lambda: tmp_path)
+    with pytest.raises(RuntimeError, match="broken"):
+        _loader._finder()
     assert "pytorch_ood.registry" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "files, names",
+    [
+        ([], []),  # a folder of that name is no package
+        (["__init__.py"], ["pytorch-ood 7.8"]),  # a checkout on PYTHONPATH, not installed
+    ],
+)
+def test_pytorch_ood_that_is_not_installed(tmp_path, files, names):
+    folder = tmp_path / "pytorch_ood"
+    (folder / "detector").mkdir(parents=True)
+    (folder / "detector" / "__init__.py").write_text("from .mine import Mine\n")
+    (folder / "detector" / "mine.py").write_text("class Mine: ...\n")
+    for name in files:
+        (folder / name).write_text('__version__ = "7.8"\n')
+    package = Path(registry.__file__).parent.parent
+    script = (
+        f"import sys; sys.path[:] = [{str(tmp_path)!r}, {str(package)!r}, "
+        "*(p for p in sys.path if 'site-packages' not in p)]; "
+        "from pood_plugins import registry as r; "
+        "print([f'{i.origin} {i.version}' for i in r.list_plugins().values() if i.name == 'Mine'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == str(names), done.stderr
 
 
 # -- build -----------------------------------------------------------------------------
