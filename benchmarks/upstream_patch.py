@@ -66,8 +66,9 @@ class Patch:
     title: str
     page: str
     beside: str = ""
-    #: text of the page between title and module
+    #: text of the page between title and module, and after it
     introduction: str = ""
+    appendix: str = ""
     #: table of the README and cells of the new row, the last of which is the label of a reference
     table: str = ""
     row: list[str] = field(default_factory=list)
@@ -88,6 +89,7 @@ PATCHES = {
         title="Gradient-aware OOD Detection (GROOD)",
         page="detectors/grood",
         beside="detectors/knn",
+        appendix="Search\n------\n\n.. automodule:: pytorch_ood.utils.neighbors\n",
         table="**Detectors**:",
         row=[
             "GROOD",
@@ -96,7 +98,7 @@ PATCHES = {
             "GROOD",
         ],
         reference="ElAraby, M., Sahoo, S., Pequignot, Y., Novello, P., & Paull, L. (2025) GROOD: "
-        "GRadient-Aware Out-of-Distribution Detection. TMLR.",
+        "GRadient-Aware Out-of-Distribution Detection. TMLR. `ArXiv <https://arxiv.org/abs/2312.14427>`__.",
     ),
     "NERO": Patch(
         files={
@@ -112,7 +114,8 @@ PATCHES = {
         table="**Detectors**:",
         row=["NERO", "Explainable detection by neuron-level relevance.", "2025", "NERO"],
         reference="Chhetri, A., Korhonen, J., Gyawali, P., & Bhattarai, B. (2025) NERO: "
-        "Explainable Out-of-Distribution Detection with Neuron-level Relevance. MICCAI.",
+        "Explainable Out-of-Distribution Detection with Neuron-level Relevance. MICCAI. "
+        "`ArXiv <https://arxiv.org/abs/2506.15404>`__.",
     ),
     "GReg": Patch(
         files={
@@ -128,7 +131,8 @@ PATCHES = {
         table="**Objective Functions**:",
         row=["GReg", "Regularizes the gradient of the energy at the inputs.", "2024", "GReg"],
         reference="Sharifi, S., Entesari, T., Safaei, B., Patel, V. M., & Fazlyab, M. (2024) "
-        "Gradient-Regularized Out-of-Distribution Detection. ECCV.",
+        "Gradient-Regularized Out-of-Distribution Detection. ECCV. "
+        "`ArXiv <https://arxiv.org/abs/2404.12368>`__.",
     ),
     "registry": Patch(
         files={
@@ -143,22 +147,23 @@ PATCHES = {
         beside="utils",
         introduction="""\
 Packages can add detectors, losses and benchmarks without being a part of this one. Each is a
-subclass of the base class here, with an entry point in the package's ``pyproject.toml``:
+subclass of :class:`pytorch_ood.api.Detector`, :class:`torch.nn.Module` or
+:class:`pytorch_ood.benchmark.Benchmark`, with an entry point in the package's ``pyproject.toml``:
 
 .. code-block:: toml
 
     [project.entry-points."pytorch_ood.detectors"]
     MyDetector = "my_package.my_module:MyDetector"
 
-Once the package is installed, the class is found by its name. Nothing is imported before it is
-loaded, so a package that is broken fails alone.
+Once the package is installed, the class is found. Nothing is imported before it is loaded, so a
+package that is broken fails alone.
 
 .. code-block:: python
 
     from pytorch_ood.registry import find_plugins
 
-    plugins = {plugin.name: plugin for plugin in find_plugins("detector")}
-    detector = plugins["MyDetector"].load()(model.features)
+    plugins = {plugin.qualified_name: plugin for plugin in find_plugins("detector")}
+    detector = plugins["my-package:MyDetector"].load()(model.features)
 """,
     ),
 }
@@ -191,44 +196,66 @@ def rewrite(text: str) -> str:
 
 def write(patch: Patch, tree: Path) -> list[Path]:
     """Write a patch into a tree of pytorch-ood, and return the files that are new or changed."""
-    tree = tree.resolve()
-    if not (tree / "src/pytorch_ood/api.py").is_file():
-        raise PatchError(f"{tree} is no checkout or source distribution of pytorch-ood")
-    new = []
+    files = compose(patch, tree.resolve())
+    for path, text in files.items():
+        _write(path, text)
+    return list(files)
+
+
+def compose(patch: Patch, tree: Path) -> dict[Path, str]:
+    """
+    What a patch makes of a tree of pytorch-ood.
+
+    :return: text by path of the files that are new or changed
+    :raises PatchError: if the tree is not one that the patch fits
+    """
+    check_tree(tree)
+    files = {}
     for ours, theirs in patch.files.items():
-        source = rewrite((REPOSITORY / ours).read_text("utf-8"))
+        path, source = tree / theirs, rewrite((REPOSITORY / ours).read_text("utf-8"))
         if "pood" in source:
             line = next(line for line in source.splitlines() if "pood" in line)
             raise PatchError(f"{ours} names this package where pytorch-ood can't follow: {line}")
-        path = tree / theirs
         if path.exists():
             raise PatchError(f"{path} exists already; take a tree without this patch")
-        new.append(_write(path, source))
-    # blank lines and order of imports, by pytorch-ood's configuration
-    names = [str(path) for path in new]
-    _ruff(tree, "check", "--quiet", "--select", "I", "--fix", *names)
-    _ruff(tree, "format", "--quiet", *names)
-    for ours, path in zip(patch.files, new):
-        if _statements(rewrite((REPOSITORY / ours).read_text("utf-8"))) != _statements(
-            path.read_text("utf-8")
-        ):
+        files[path] = _formatted(tree, path, source)
+        if _statements(files[path]) != _statements(source):
             raise PatchError(f"more than the imports of {ours} would change")
 
-    underline = "=" * len(patch.title)
     module = ".".join(filter(None, ["pytorch_ood", patch.package, patch.module]))
-    parts = [f"{patch.title}\n{underline}\n", patch.introduction, f".. automodule:: {module}\n"]
-    page = _write(tree / "docs" / f"{patch.page}.rst", "\n".join(filter(None, parts)))
-    changed = [
-        _edit(tree / "src/pytorch_ood" / patch.package / "__init__.py", add_exports, patch),
-        *_add_to_tests(patch, tree),
-    ]
-    _ruff(tree, "format", "--quiet", *(str(path) for path in changed))
-    for listing in sorted((tree / "docs").glob("*.rst")):
-        if f"   {patch.beside}\n" in listing.read_text("utf-8"):
-            changed.append(_edit(listing, add_to_contents, patch))
+    title = f"{patch.title}\n{'=' * len(patch.title)}\n"
+    page = [title, patch.introduction, f".. automodule:: {module}\n", patch.appendix]
+    files[tree / "docs" / f"{patch.page}.rst"] = "\n".join(filter(None, page))
+    edits = {tree / "src/pytorch_ood" / patch.package / "__init__.py": add_exports}
     if patch.row:
-        changed.append(_edit(tree / "README.rst", add_to_readme, patch))
-    return [*new, page, *changed]
+        edits[tree / "README.rst"] = add_to_readme
+    if patch.package == "loss":
+        edits[tree / "tests/test_info.py"] = add_loss_inputs
+    smoke = tree / upstream_tests.PLACES["smoke.py"]
+    stand_in = (upstream_tests.STAND_INS / "smoke.py").read_text("utf-8")
+    if patch.package == "detector" and smoke.exists() and smoke.read_text("utf-8") != stand_in:
+        edits[smoke] = add_detector
+    if (tree / "docs").is_dir():
+        listed = re.compile(_listed(patch), re.M)
+        pages = sorted((tree / "docs").glob("*.rst"))
+        listing = [page for page in pages if listed.search(page.read_text("utf-8"))]
+        if not listing:
+            raise PatchError(f"no page in {tree / 'docs'} lists {patch.beside}")
+        edits[listing[0]] = add_to_contents
+    for path, edit in edits.items():
+        try:
+            files[path] = edit(path.read_text("utf-8"), patch)
+        except (StopIteration, ValueError) as error:
+            raise PatchError(f"{path} does not read as in pytorch-ood 0.4.0: {error}") from error
+        if path.suffix == ".py":
+            files[path] = _formatted(tree, path, files[path], sort=path == smoke)
+    return files
+
+
+def check_tree(tree: Path) -> None:
+    """Refuse what is not pytorch-ood."""
+    if not (tree / "src/pytorch_ood/api.py").is_file():
+        raise PatchError(f"{tree} is no checkout or source distribution of pytorch-ood")
 
 
 def _statements(source: str) -> list[str]:
@@ -243,46 +270,70 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _edit(path: Path, edit: Any, *arguments: Any) -> Path:
-    before = path.read_text("utf-8")
-    try:
-        after = edit(before, *arguments)
-    except (StopIteration, ValueError, AttributeError) as error:
-        raise PatchError(f"{path} is not written as in pytorch-ood 0.4.0: {error!r}") from error
-    return _write(path, after)
+def _formatted(tree: Path, path: Path, source: str, sort: bool = True) -> str:
+    """Text of a module with blank lines and order of imports by the tree's configuration."""
+    place = ["--stdin-filename", str(path), "-"]
+    if sort:
+        # told, since ruff looks for a module's file, and the new ones are not there yet
+        own = ["--config", 'lint.isort.known-first-party=["pytorch_ood", "tests"]']
+        arguments = ["check", "--quiet", "--select", "I", "--fix", *own, *place]
+        source = _ruff(tree, *arguments, source=source)
+    return _ruff(tree, "format", "--quiet", *place, source=source)
+
+
+def _before(text: str, mark: str, new: str, start: int = 0) -> str:
+    """Text with something new before the first mark."""
+    place = text.find(mark, start)
+    if place < 0:
+        raise ValueError(f"there is no {mark.strip()!r}")
+    return text[:place] + new + text[place:]
 
 
 def add_exports(text: str, patch: Patch) -> str:
     """The ``__init__.py`` of a package with the module, or what it exports, in its place."""
     if not patch.package:
-        return text.replace("model, utils\n", f"model, {patch.module}, utils\n", 1).replace(
-            '"model", "utils"', f'"model", "{patch.module}", "utils"', 1
-        )
+        text = _before(text, "utils\n\n__all__", f"{patch.module}, ")
+        return _before(text, '"utils", ', f'"{patch.module}", ')
+    imports = re.findall(r"^from \.\w+ import ", text, re.M)
+    follower = next(line for line in imports if line > f"from .{patch.module} ")
     line = f"from .{patch.module} import {', '.join(patch.exports)}\n"
-    imports = list(re.finditer(r"^from \.(\w+) import ", text, re.M))
-    place = next(found.start() for found in imports if found.group(1) > patch.module)
-    text = text[:place] + line + text[place:]
-    if "\n__all__ = [" in text:
-        for name in patch.exports:
-            entries = re.finditer(r'^    "(\w+)",\n', text[text.index("\n__all__ = [") :], re.M)
-            start = text.index("\n__all__ = [")
-            follower = next(e for e in entries if e.group(1).lower() > name.lower())
-            place = start + follower.start()
-            text = f'{text[:place]}    "{name}",\n{text[place:]}'
+    text = _before(text, follower, line)
+    listed = text.find("\n__all__ = [")
+    for name in patch.exports if listed >= 0 else ():
+        entries = re.findall(r'^    "(\w+)",\n', text[listed:], re.M)
+        follower = next(entry for entry in entries if entry.lower() > name.lower())
+        text = _before(text, f'    "{follower}",\n', f'    "{name}",\n', listed)
     return text
+
+
+def _listed(patch: Patch) -> str:
+    """Expression for the entries of a table of contents from a like page on."""
+    return rf"^( +){re.escape(patch.beside)}\n(?:\1\S+\n)*"
 
 
 def add_to_contents(text: str, patch: Patch) -> str:
     """A page of documentation with an entry after those that are listed with a like page."""
-    listed = re.search(rf"^   {re.escape(patch.beside)}\n(   \S+\n)*", text, re.M)
-    assert listed is not None  # the caller has seen it
-    return f"{text[: listed.end()]}   {patch.page}\n{text[listed.end() :]}"
+    return re.sub(_listed(patch), rf"\g<0>\g<1>{patch.page}\n", text, count=1, flags=re.M)
+
+
+def add_loss_inputs(text: str, patch: Patch) -> str:
+    """The tests of ``info`` with what the loss is called with."""
+    return _before(text, "    loss.IILoss: ", LOSS_INPUTS)
+
+
+def add_detector(text: str, patch: Patch) -> str:
+    """The tests of all detectors with this one."""
+    name = patch.module.upper()
+    text = _before(text, '            (\n                "KNN",\n', SMOKE.format(name))
+    return _before(text, "    GMM,\n", f"    {name},\n")
 
 
 def add_to_readme(text: str, patch: Patch) -> str:
     """The README with a row at the end of a table, and a reference after the last."""
     rows = re.compile(r"^(?:[+|].*\n)+", re.M).search(text, text.index(patch.table))
-    border = rows.group().splitlines()[-1]
+    border = rows.group().splitlines()[-1] if rows is not None else ""
+    if not border.startswith("+-"):
+        raise ValueError(f"there is no table below {patch.table}")
     widths = [len(part) - 2 for part in border.strip("+").split("+")]
     cells = [*patch.row[:-1], f"[#{patch.row[-1]}]_"]
     if any(len(cell) > width for cell, width in zip(cells, widths)):
@@ -292,36 +343,13 @@ def add_to_readme(text: str, patch: Patch) -> str:
     return f"{text.rstrip()}\n\n.. [#{patch.row[-1]}] {patch.reference}\n"
 
 
-def _add_to_tests(patch: Patch, tree: Path) -> list[Path]:
-    """Entries where pytorch-ood's tests demand one for every class."""
-
-    def add_loss(text: str) -> str:
-        place = text.index("    loss.IILoss: ")
-        return text[:place] + LOSS_INPUTS + text[place:]
-
-    def add_detector(text: str) -> str:
-        first = '            (\n                "KNN",\n'
-        text = text.replace(first, SMOKE.format(patch.module.upper()) + first, 1)
-        return text.replace("    GMM,\n", f"    GMM,\n    {patch.module.upper()},\n", 1)
-
-    if patch.package == "loss":
-        return [_edit(tree / "tests/test_info.py", add_loss)]
-    smoke = tree / "tests/detectors/test_all_detectors_smoke.py"
-    if patch.package == "detector" and smoke.exists() and '"KNN",' in smoke.read_text("utf-8"):
-        _edit(smoke, add_detector)
-        _ruff(tree, "check", "--quiet", "--select", "I", "--fix", str(smoke))
-        return [smoke]
-    return []
-
-
-def _ruff(tree: Path, *arguments: str) -> list[str]:
-    """What ruff prints about a tree, with the tree's configuration."""
+def _ruff(tree: Path, *arguments: str, source: str | None = None) -> str:
+    """What ruff prints about a tree, or makes of a source, with the tree's configuration."""
     command = [sys.executable, "-m", "ruff", *arguments]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    if done.returncode > (1 if lines else 0):
+    done = subprocess.run(command, cwd=tree, input=source, capture_output=True, text=True)
+    if done.returncode > (1 if done.stdout else 0):
         raise PatchError(f"ruff failed: {done.stderr.strip()}")
-    return lines
+    return done.stdout
 
 
 def findings(tree: Path, files: list[Path]) -> list[str]:
@@ -334,7 +362,7 @@ def findings(tree: Path, files: list[Path]) -> list[str]:
     if files:
         python = ["--isolated", "--target-version", "py38", "--select", "E9,FA102"]
         commands.append(["check", *concise, *python, *map(str, files)])
-    lines = [line for command in commands for line in _ruff(tree, *command)]
+    lines = [line for command in commands for line in _ruff(tree, *command).splitlines()]
     # the remaining lines are summaries
     return [line for line in lines if re.match(r"\S+:\d+:\d+: ", line)]
 
@@ -370,6 +398,7 @@ def check(patch: Patch, tree: Path, files: list[Path], before: list[str]) -> dic
 def apply(name: str, tree: Path) -> dict[str, Any]:
     """Write a patch into a tree and check it."""
     patch, tree = PATCHES[name], tree.resolve()
+    check_tree(tree)
     before = findings(tree, [])
     files = write(patch, tree)
     print(f"{name}: " + ", ".join(str(path.relative_to(tree)) for path in files), flush=True)

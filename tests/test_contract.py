@@ -493,7 +493,9 @@ def build_loss(cls: type) -> nn.Module:
     sizes.update(n_dim=N_FEATURES, n_embedding=N_FEATURES)
     arguments = {}
     for parameter in inspect.signature(cls).parameters.values():
-        if parameter.default is parameter.empty:
+        # variadic ones are those of nn.Module, of a class without a constructor of its own
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variadic:
             if parameter.name not in sizes:
                 pytest.skip(f"{cls.__name__} needs {parameter.name}, which is unknown")
             arguments[parameter.name] = sizes[parameter.name]

@@ -5,11 +5,14 @@ docs/plugin.rst says about it.
 
 import csv
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -145,3 +148,14 @@ def test_is_a_row_of_the_table(tmp_path, capsys):
         rows = {row["dataset"]: row for row in csv.DictReader(file) if row["detector"] == NAME}
     for dataset in ("digits 6-9", "flower", "noise"):
         assert float(rows[dataset]["AUROC"]) > 0.95 and not rows[dataset]["error"]
+
+
+def test_the_loss_of_the_page_keeps_the_rules(monkeypatch):
+    page = (EXAMPLE.parent / "plugin.rst").read_text("utf-8")
+    blocks = re.findall(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)*)", page, re.M)
+    (block,) = (block for block in blocks if "class UniformOutliers" in block)
+    module = ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module)["__name__"] = module.__name__
+    exec(textwrap.dedent(block), vars(module))
+    assert contract.broken_rules("loss", module.UniformOutliers) == {}

@@ -6,6 +6,7 @@ pytorch-ood's tests takes its source distribution: ``python benchmarks/upstream_
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ upstream_patch = importlib.util.module_from_spec(specification)
 sys.modules["upstream_patch"] = upstream_patch  # where dataclasses look up annotations
 specification.loader.exec_module(upstream_patch)
 PATCHES = upstream_patch.PATCHES
+SMOKE_PLACE = "tests/detectors/test_all_detectors_smoke.py"
 
 README = """\
 **Detectors**:
@@ -49,6 +51,19 @@ LOSS_INPUTS = {
     loss.IILoss: lambda s: None,
 }
 """
+DOCS = """\
+.. toctree::
+
+    detectors/knn
+    detectors/lts
+
+Losses and others
+
+.. toctree::
+
+   losses/energyregularizedloss
+   utils
+"""
 SMOKE = """\
 from pytorch_ood.detector import (
     GMM,
@@ -74,7 +89,7 @@ def tree(tmp_path):
         "README.rst": README,
         "pyproject.toml": '[tool.ruff]\nline-length = 99\n[tool.ruff.lint]\nselect = ["I"]\n',
         "tests/test_info.py": TEST_INFO,
-        "docs/detector.rst": ".. toctree::\n\n   detectors/knn\n   detectors/lts\n\nMore\n",
+        "docs/detector.rst": DOCS,
     }.items():
         upstream_patch._write(folder / name, text)
     return folder
@@ -87,7 +102,9 @@ def test_modules_are_ours_with_other_imports(tree, name):
     assert set(patch.files.values()) < set(files)
     for ours, theirs in patch.files.items():
         before, after = (ROOT / ours).read_text("utf-8"), files[theirs].read_text("utf-8")
-        assert "pood_plugins" not in after and "one_thread" not in after
+        assert not re.search(
+            "pood_plugins|one_thread|split_model|SplitModel|registry.build", after
+        )
         if theirs.startswith("src"):
             imports = ("import ", "from ", "    ", ")", "\n")
             removed = [line for line in before.splitlines(True) if line not in after]
@@ -133,14 +150,12 @@ def test_all_patches_together_can_be_imported(tree):
 
 
 def test_documentation_readme_and_tests_are_edited(tree):
-    smoke = upstream_patch._write(tree / "tests/detectors/test_all_detectors_smoke.py", SMOKE)
+    smoke = upstream_patch._write(tree / SMOKE_PLACE, SMOKE)
     upstream_patch.write(PATCHES["NERO"], tree)
     page = (tree / "docs/detectors/nero.rst").read_text()
     assert page.endswith("====\n\n.. automodule:: pytorch_ood.detector.nero\n")
     contents = (tree / "docs/detector.rst").read_text()
-    assert contents == (
-        ".. toctree::\n\n   detectors/knn\n   detectors/lts\n   detectors/nero\n\nMore\n"
-    )
+    assert contents == DOCS.replace("/lts\n", "/lts\n    detectors/nero\n")
     text = smoke.read_text()
     assert "    NERO,\n)" in text and text.index('"NERO",\n') < text.index('"KNN",\n')
     compile(text, "smoke", "exec")
@@ -161,33 +176,52 @@ def test_losses_get_their_inputs_and_their_table(tree):
     assert rows.index(row) > rows.index("**Objective Functions**:")
 
 
+def replace(path, old, new):
+    def spoil(tree):
+        text = (tree / path).read_text()
+        assert old in text
+        (tree / path).write_text(text.replace(old, new))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
-    "spoil, message",
+    "name, spoil, message",
     [
-        (lambda tree: (tree / "src/pytorch_ood/api.py").unlink(), "is no checkout or source"),
-        (lambda tree: (tree / "tests/test_info.py").write_text("{}"), "not written as in"),
-        (lambda tree: (tree / "README.rst").write_text("No table"), "not written as in"),
+        ("GReg", lambda tree: shutil.rmtree(tree), "is no checkout or source"),
+        ("GReg", lambda tree: (tree / "src/pytorch_ood/api.py").unlink(), "is no checkout or"),
+        ("GReg", replace("tests/test_info.py", "loss.IILoss", "loss.Other"), "no 'loss.IILoss:'"),
+        ("GReg", replace("README.rst", "**Objective", "Objective"), "does not read as in"),
+        ("NERO", replace("README.rst", "+--", "#--"), "README.rst does not read as in"),
+        ("NERO", replace("docs/detector.rst", "/knn", "/none"), "no page in .*docs lists"),
         (
+            "NERO",
+            lambda tree: upstream_patch._write(tree / SMOKE_PLACE, "x = 1\n"),
+            "test_all_detectors_smoke.py does not read as .* there is no",
+        ),
+        (
+            "registry",
+            replace("src/pytorch_ood/__init__.py", "model, utils", "model, utils, more"),
+            "__init__.py does not read as in pytorch-ood 0.4.0: there is no 'utils",
+        ),
+        (
+            "GReg",
             lambda tree: upstream_patch.write(PATCHES["GReg"], tree),
             "greg.py exists already; take a tree without this patch",
         ),
     ],
 )
-def test_other_trees_are_refused(tree, spoil, message):
+def test_other_trees_are_refused(tree, name, spoil, message):
     spoil(tree)
+    before = {path: path.read_bytes() for path in tree.rglob("*.*") if path.is_file()}
     with pytest.raises(upstream_patch.PatchError, match=message):
-        upstream_patch.write(PATCHES["GReg"], tree)
+        upstream_patch.write(PATCHES[name], tree)
+    # nothing is written, or all
+    assert before == {path: path.read_bytes() for path in tree.rglob("*.*") if path.is_file()}
 
 
 def test_a_change_of_more_than_imports_is_noticed(tree, monkeypatch):
-    monkeypatch.setattr(
-        upstream_patch,
-        "_ruff",
-        lambda tree, command, *arguments: (
-            command == "check"
-            and [Path(a).write_text("x = 1\n") for a in arguments if a.endswith("greg.py")]
-        ),
-    )
+    monkeypatch.setattr(upstream_patch, "_ruff", lambda *_, source: source + "\nx = 1\n")
     with pytest.raises(upstream_patch.PatchError, match="more than the imports of .*greg.py"):
         upstream_patch.write(PATCHES["GReg"], tree)
 

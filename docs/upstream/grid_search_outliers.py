@@ -10,7 +10,7 @@ them. None of pytorch-ood's own detectors is concerned; detectors of others are.
 
 Proposed fix: hand on everything, as is done with the validation data, and have ``fit_features``
 and ``fit_logits`` decide. Those of ``KNN``, ``DICE`` and others drop outliers already; ``ViM``,
-``NCI``, ``fDBD``, ``OpenMax`` and ``Mahalanobis`` have to learn it first::
+``NCI``, ``fDBD`` and ``Mahalanobis`` have to learn it first::
 
     z_train, y_train = _extract_all(self.fit_loader, producer, self.device)
 """

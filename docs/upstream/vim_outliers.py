@@ -5,7 +5,7 @@ The docstring of ``ViM.fit_features`` (``pytorch_ood/detector/vim.py``) says tha
 samples, but the labels are not looked at: samples with labels < 0 take part in the principal
 subspace and in alpha, and the more they differ from ID data, the more they bend both. ``fit``
 is right, since ``extract_features`` drops them before. Whoever fits on cached features and
-labels, as with ``KNN`` or ``DICE``, gets other scores. ``NCI``, ``fDBD`` and ``OpenMax`` do not
+labels, as with ``KNN`` or ``DICE``, gets other scores. ``NCI`` and ``fDBD`` do not
 look for labels < 0 either, but do not say that they would.
 
 Proposed fix, before the features are used::

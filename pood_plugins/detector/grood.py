@@ -5,8 +5,8 @@ space that stands for everything unknown. Training samples pull this point in a 
 inputs that pull differently are outliers.
 
 It is the method of *GROOD: GRadient-Aware Out-of-Distribution Detection* by ElAraby, Sahoo,
-Pequignot, Novello and Paull (`TMLR 2025 <https://arxiv.org/abs/2312.14427>`__). The released code
-is the one in `OpenOOD <https://github.com/Jingkang50/OpenOOD>`__.
+Pequignot, Novello and Paull (`TMLR 2025 <https://arxiv.org/abs/2312.14427>`__). By released code,
+their implementation in `OpenOOD <https://github.com/Jingkang50/OpenOOD>`__ is meant.
 
 The gradient in closed form
 ---------------------------
@@ -888,9 +888,10 @@ def mixup_prototype(
 
     .. code-block:: python
 
-        split = split_model(model.eval(), early="layer3")
-        prototype = mixup_prototype(split.early, split.late, split.head, train_loader)
-        detector = GROOD(split.encoder, split.head, ood_prototype=prototype)
+        early = nn.Sequential(model.conv1, model.layer1, model.layer2, model.layer3).eval()
+        late = nn.Sequential(model.layer4, model.avgpool, nn.Flatten()).eval()
+        prototype = mixup_prototype(early, late, model.fc, train_loader)
+        detector = GROOD(nn.Sequential(early, late), model.fc, ood_prototype=prototype)
 
     :see Paper: `GROOD, equations 7 and 8, section 5.2 <https://arxiv.org/abs/2312.14427>`__
 

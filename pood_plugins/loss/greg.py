@@ -20,8 +20,8 @@ Let :math:`S(x) = -\log \sum_c e^{f_c(x)}` be the energy of an input :math:`x` w
 so :math:`x` keeps its side while
 :math:`\lVert \delta \rVert_2 < |\gamma - S(x)| \, / \, \lVert \nabla_x S(x) \rVert_2`. The energy
 term of the loss (:math:`\mathcal{L}_S`, see :class:`.GRegLoss`) enlarges the numerator, the
-gradient term (:math:`\mathcal{L}_{\nabla S}`) shrinks the denominator. For
-networks that are linear in pieces, this is exact within a piece.
+gradient term (:math:`\mathcal{L}_{\nabla S}`) shrinks the denominator. Farther away, what bounds
+the change of :math:`S` is the largest gradient on the way, which nothing here looks at.
 
 Which samples are smoothed
 --------------------------

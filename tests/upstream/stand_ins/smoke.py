@@ -2,18 +2,18 @@
 Builds every detector that is registered, pytorch-ood's own too, and tries those to be tested.
 """
 
+import inspect
 import unittest
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from pytorch_ood.api import Detector
+from pytorch_ood.api import Detector, LossInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pood_plugins import registry
-from pood_plugins.loss import GRegLoss
 from pood_plugins.model import SplitModel, split_model
 
 from ..helpers import ClassificationModel
@@ -31,13 +31,38 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def loss_inputs(n_classes: int) -> dict[type, Callable[[Any], tuple[nn.Module, tuple]]]:
-    """For each loss of a plugin, what makes it and its arguments for targets of some shape."""
+    """For each loss to be tested, what makes it and its arguments for targets of some shape."""
+    losses = [cls for cls in CLASSES if isinstance(getattr(cls, "info", None), LossInfo)]
+    return {cls: partial(_loss_and_inputs, cls, n_classes) for cls in losses}
 
-    def greg(shape: tuple[int, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-        targets = torch.arange(shape[0]) % (n_classes + 1) - 1  # one in four is an outlier
-        return GRegLoss(), (nn.Linear(5, n_classes), torch.randn(shape[0], 5), targets)
 
-    return {GRegLoss: greg}
+def _loss_and_inputs(
+    cls: type[nn.Module], n_classes: int, shape: tuple[int, ...]
+) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Arguments are told by their names."""
+    sizes = {"n_classes": n_classes, "num_classes": n_classes, "n_dim": 5, "n_embedding": 5}
+    # one in so many is an outlier
+    targets = torch.arange(torch.Size(shape).numel()).reshape(shape) % (n_classes + 1) - 1
+    targets = targets if cls.info.supervised else targets.clamp(min=0)
+    logits = torch.randn(shape[0], n_classes, *shape[1:])
+    features = torch.randn(shape[0], 5, *shape[1:])
+    choices = {"model": nn.Linear(5, n_classes), "logits": logits, "x": features}
+    choices.update(dict.fromkeys(("features", "z"), features))
+    choices.update(dict.fromkeys(("distances", "distmat"), logits.abs()))
+    choices.update(dict.fromkeys(("target", "targets", "y", "labels"), targets))
+    loss = cls(**{name: sizes[name] for name in _required(cls, sizes)})
+    return loss, tuple(choices[name] for name in _required(cls.forward, choices))
+
+
+def _required(function: Callable[..., Any], known: dict[str, Any]) -> list[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    parameters = [p for p in parameters if p.name != "self" and p.kind not in variadic]
+    required = [p.name for p in parameters if p.default is p.empty]
+    for name in required:
+        if name not in known:
+            raise LookupError(f"{function.__qualname__} needs {name}, choose from {list(known)}")
+    return required
 
 
 class TestAllDetectorsSmoke(unittest.TestCase):
