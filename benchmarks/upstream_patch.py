@@ -235,7 +235,7 @@ def compose(patch: Patch, tree: Path) -> dict[Path, str]:
     stand_in = (upstream_tests.STAND_INS / "smoke.py").read_text("utf-8")
     if patch.package == "detector" and smoke.exists() and smoke.read_text("utf-8") != stand_in:
         edits[smoke] = add_detector
-    if (tree / "docs").is_dir():
+    if (tree / "docs" / "conf.py").exists():  # not so in a source distribution
         listed = re.compile(_listed(patch), re.M)
         pages = sorted((tree / "docs").glob("*.rst"))
         listing = [page for page in pages if listed.search(page.read_text("utf-8"))]
