@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -210,7 +211,21 @@ def compose(patch: Patch, tree: Path) -> dict[Path, str]:
     :raises PatchError: if the tree is not one that the patch fits
     """
     check_tree(tree)
-    files = {}
+    files = _modules(patch, tree)
+    files[tree / "docs" / f"{patch.page}.rst"] = _page(patch)
+    for path, edit in _edits(patch, tree).items():
+        try:
+            files[path] = edit(path.read_text("utf-8"), patch)
+        except (OSError, StopIteration, ValueError) as error:
+            raise PatchError(f"{path} does not read as in pytorch-ood 0.4.0: {error}") from error
+        if path.suffix == ".py":
+            files[path] = _formatted(tree, path, files[path], sort=edit is add_detector)
+    return files
+
+
+def _modules(patch: Patch, tree: Path) -> dict[Path, str]:
+    """Our modules and tests, with pytorch-ood's imports."""
+    modules = {}
     for ours, theirs in patch.files.items():
         path, source = tree / theirs, rewrite((REPOSITORY / ours).read_text("utf-8"))
         if "pood" in source:
@@ -218,14 +233,22 @@ def compose(patch: Patch, tree: Path) -> dict[Path, str]:
             raise PatchError(f"{ours} names this package where pytorch-ood can't follow: {line}")
         if path.exists():
             raise PatchError(f"{path} exists already; take a tree without this patch")
-        files[path] = _formatted(tree, path, source)
-        if _statements(files[path]) != _statements(source):
+        modules[path] = _formatted(tree, path, source)
+        if _statements(modules[path]) != _statements(source):
             raise PatchError(f"more than the imports of {ours} would change")
+    return modules
 
+
+def _page(patch: Patch) -> str:
+    """The page of documentation."""
     module = ".".join(filter(None, ["pytorch_ood", patch.package, patch.module]))
     title = f"{patch.title}\n{'=' * len(patch.title)}\n"
-    page = [title, patch.introduction, f".. automodule:: {module}\n", patch.appendix]
-    files[tree / "docs" / f"{patch.page}.rst"] = "\n".join(filter(None, page))
+    parts = [title, patch.introduction, f".. automodule:: {module}\n", patch.appendix]
+    return "\n".join(filter(None, parts))
+
+
+def _edits(patch: Patch, tree: Path) -> dict[Path, Callable[[str, Patch], str]]:
+    """What is to be done to files that are there."""
     edits = {tree / "src/pytorch_ood" / patch.package / "__init__.py": add_exports}
     if patch.row:
         edits[tree / "README.rst"] = add_to_readme
@@ -242,14 +265,7 @@ def compose(patch: Patch, tree: Path) -> dict[Path, str]:
         if not listing:
             raise PatchError(f"no page in {tree / 'docs'} lists {patch.beside}")
         edits[listing[0]] = add_to_contents
-    for path, edit in edits.items():
-        try:
-            files[path] = edit(path.read_text("utf-8"), patch)
-        except (StopIteration, ValueError) as error:
-            raise PatchError(f"{path} does not read as in pytorch-ood 0.4.0: {error}") from error
-        if path.suffix == ".py":
-            files[path] = _formatted(tree, path, files[path], sort=path == smoke)
-    return files
+    return edits
 
 
 def check_tree(tree: Path) -> None:
