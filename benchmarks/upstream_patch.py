@@ -249,7 +249,9 @@ def _page(patch: Patch) -> str:
 
 def _edits(patch: Patch, tree: Path) -> dict[Path, Callable[[str, Patch], str]]:
     """What is to be done to files that are there."""
-    edits = {tree / "src/pytorch_ood" / patch.package / "__init__.py": add_exports}
+    edits: dict[Path, Callable[[str, Patch], str]] = {
+        tree / "src/pytorch_ood" / patch.package / "__init__.py": add_exports
+    }
     if patch.row:
         edits[tree / "README.rst"] = add_to_readme
     if patch.package == "loss":
@@ -348,7 +350,7 @@ def add_to_readme(text: str, patch: Patch) -> str:
     """The README with a row at the end of a table, and a reference after the last."""
     rows = re.compile(r"^(?:[+|].*\n)+", re.M).search(text, text.index(patch.table))
     border = rows.group().splitlines()[-1] if rows is not None else ""
-    if not border.startswith("+-"):
+    if rows is None or not border.startswith("+-"):
         raise ValueError(f"there is no table below {patch.table}")
     widths = [len(part) - 2 for part in border.strip("+").split("+")]
     cells = [*patch.row[:-1], f"[#{patch.row[-1]}]_"]
