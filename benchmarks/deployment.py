@@ -26,7 +26,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from scipy.stats import binomtest
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
@@ -35,6 +34,11 @@ from pood_plugins.benchmark.digits import Digits, train_classifier
 from pood_plugins.dataset import GreyPatches, HandwrittenDigits, UniformNoise
 from pood_plugins.evaluation.report import environment
 from pood_plugins.training.checkpoint import replacing
+
+try:
+    from safetensors.torch import save_file
+except ImportError as error:
+    sys.exit(f"{error}. Saved detectors need it: pip install 'pood-plugins[benchmark,deploy]'")
 
 RESULTS = Path(__file__).parent / "results"
 DETECTORS = ("GROOD", "NERO", "Energy", "KNN", "Mahalanobis")

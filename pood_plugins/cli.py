@@ -54,8 +54,9 @@ images with it, and ``pood inspect`` tells what is in its directory, see
 Under torchrun, several processes share the work of ``pood benchmark``, see
 :mod:`pood_plugins.distributed`.
 
-The exit status is 0 if all went well, 1 if something failed, and 2 if the command was wrong.
-Errors are one line; ``--verbose`` shows where they come from.
+The exit status is 0 if all went well, 2 for names and options that there are not or that do not go
+together, 130 if it was interrupted, and 1 if anything else failed, such as a file that can't be
+read or a value that does not work. Errors are one line; ``--verbose`` shows where they come from.
 """
 
 import argparse
@@ -103,12 +104,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if options.verbose else logging.WARNING,
         format="pood: %(message)s",
     )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a table is worth more than its signs
+            stream.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
             with distributed.join(getattr(options, "device", "cpu")):
                 status: int = options.run(options)
                 return distributed.exchange(status, "exit status")[0]
+    except KeyboardInterrupt:
+        print("pood: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -467,7 +474,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _benchmark(options: argparse.Namespace) -> int:
     detectors = None
-    if options.detectors:
+    if options.detectors is not None:
         detectors = [name.strip() for name in options.detectors.split(",")]
     digits = options.name.casefold() == "digits"
     _refuse_unused(options)
@@ -693,8 +700,16 @@ def _fit(options: argparse.Namespace) -> int:
     return _report_errors(fitted.unreadable, "were left out")
 
 
+def _refuse_missing(paths: Sequence[Path]) -> None:
+    """A folder with a mistyped name has no images to score. A file that is missing is a row."""
+    missing = [str(path) for path in paths if not path.suffix and not path.exists()]
+    if missing:
+        raise ValueError(f"there is no {' and no '.join(missing)}: check --data")
+
+
 def _score(options: argparse.Namespace) -> int:
     _refuse_several("score")
+    _refuse_missing(options.data)
     from .deployment import Deployed, write_scores
 
     deployed = Deployed.load(options.detector, options.device, options.arch)
@@ -717,6 +732,7 @@ def _score(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     _refuse_several("explain")
+    _refuse_missing(options.data)
     from .deployment import Deployed
     from .explain import write_explanations
 

@@ -113,6 +113,8 @@ def save(
     :raises ImportError: without safetensors
     """
     safetensors = _safetensors()
+    from safetensors import SafetensorError
+
     record = getattr(detector, "build_record", None)
     name = type(detector).__name__
     if not isinstance(record, registry.BuildRecord):
@@ -154,7 +156,10 @@ def save(
     with _replacing_directory(path) as directory:
         checksums = {}
         for file, content in files.items():
-            safetensors.save_file(_separate(content), directory / file)
+            try:
+                safetensors.save_file(_separate(content), directory / file)
+            except SafetensorError as error:  # which is no OSError, but means one
+                raise OSError(f"{path} can't be written: {error}") from error
             checksums[file] = _checksum_of_file(directory / file)
         config["checksums"] = checksums
         text = json.dumps(_sealed(config), indent=1, allow_nan=False)

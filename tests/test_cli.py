@@ -1,5 +1,6 @@
 """The ``pood`` command, in this process but for one call."""
 
+import io
 import subprocess
 import sys
 
@@ -91,3 +92,34 @@ def test_benchmark_reports_failures(tmp_path, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "NERO failed: RuntimeError: no luck" in captured.err
     assert "Traceback" not in captured.err and "MSP" in captured.out
+
+
+def test_an_interruption_is_one_line(capsys, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_list", interrupt)
+    assert cli.main(["list"]) == 130
+    assert capsys.readouterr().err == "pood: interrupted\n"
+
+
+def test_output_that_has_not_all_signs(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(cli, "_list", lambda _: print("▲ 1.0") or 0)
+    assert cli.main(["list"]) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"? 1.0\n"
+
+
+def test_an_empty_list_of_detectors_is_not_the_default(capsys):
+    assert cli.main(["benchmark", "digits", "--quick", "--detectors", ""]) == 2
+    assert "no detector is called ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["score", "explain"])
+def test_images_that_are_not_there(command, tmp_path, capsys):
+    arguments = ["--detector", str(tmp_path), "--data", str(tmp_path), str(tmp_path / "nope")]
+    assert cli.main([command, *arguments, "--output", str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err == f"pood: there is no {tmp_path / 'nope'}: check --data\n"
+    assert list(tmp_path.iterdir()) == []

@@ -576,8 +576,7 @@ def test_an_interrupted_run_goes_on(detector, digits, tmp_path, monkeypatch, cut
     output.write_bytes(b"old")
     with monkeypatch.context() as patch:
         interrupt_after(21, patch)
-        with pytest.raises(KeyboardInterrupt):
-            cli.main(arguments)
+        assert cli.main(arguments) == 130
     assert output.read_bytes() == b"old"
     (partial,) = tmp_path.glob(".scores.csv.*.part")
     if cut:  # the process was killed while it wrote
@@ -594,8 +593,7 @@ def test_resuming_with_other_images_or_nothing(detector, digits, tmp_path, monke
     arguments = ["score", "--detector", str(detector), "--output", str(output), "--batch-size=4"]
     with monkeypatch.context() as patch:
         interrupt_after(9, patch)
-        with pytest.raises(KeyboardInterrupt):
-            cli.main([*arguments, "--data", str(digits / "test" / "0")])
+        assert cli.main([*arguments, "--data", str(digits / "test" / "0")]) == 130
     other = [*arguments, "--data", str(digits / "test" / "1")]
     assert cli.main([*other, "--resume"]) == 1
     assert "has rows of other images: give the same ones, or start anew" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """What importing the package costs and offers."""
 
+import ast
 import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,14 @@ def test_public_names_resolve():
     assert set(pood_plugins.__all__) <= set(dir(pood_plugins))
     with pytest.raises(AttributeError, match="nothing"):
         pood_plugins.nothing
+
+
+def test_type_checkers_see_the_public_names():
+    """They don't run ``__getattr__``, so each name is imported for them alone, and no other."""
+    tree = ast.parse(Path(pood_plugins.__file__).read_text("utf-8"))
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test)[0] == "T")
+    seen = {name.asname: node.module for node in block.body for name in node.names}
+    assert seen == pood_plugins._MODULES
 
 
 def test_every_module_imports_and_says_what_it_is():

@@ -473,6 +473,21 @@ def test_a_pickle_is_never_run(fitted, split, path, name, write, sealed):
 # writing
 
 
+def test_a_full_disk(fitted, split, data, path, monkeypatch):
+    """safetensors has an exception of its own for it."""
+    persistence.save(fitted, path)
+    before = scores(fitted, data[3])
+
+    def fail(*_):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match=f"{path} can't be written: .*No space left"):
+        persistence.save(registry.build("GROOD", split), path)
+    assert torch.equal(scores(persistence.load(path, split), data[3]), before)
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_saved_detector_is_replaced(fitted, split, data, path):
     save(registry.build("Energy", split), path)
     save(fitted, path)

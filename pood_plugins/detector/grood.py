@@ -6,7 +6,8 @@ inputs that pull differently are outliers.
 
 It is the method of *GROOD: GRadient-Aware Out-of-Distribution Detection* by ElAraby, Sahoo,
 Pequignot, Novello and Paull (`TMLR 2025 <https://arxiv.org/abs/2312.14427>`__). By released code,
-their implementation in `OpenOOD <https://github.com/Jingkang50/OpenOOD>`__ is meant.
+their implementation in `OpenOOD <https://github.com/Jingkang50/OpenOOD>`__ is meant; ``info`` has
+their own repository.
 
 The gradient in closed form
 ---------------------------
@@ -49,9 +50,9 @@ Source                    Needs                       Use it when
 ``"outliers"``            samples with label < 0      example outliers are at hand
 ``"mixup"``               ID features, two classes    only ID data are at hand; mixes at the
                                                       penultimate layer
-``"mean"``                ID features                 a parameter-free reference
-:func:`.mixup_prototype`  ID images, a split network  the paper's synthetic samples: mix-up at an
-                                                      early layer
+``"mean"``                ID features                 a baseline without settings is wanted
+:func:`.mixup_prototype`  ID images, a network in     the paper's synthetic samples: mix-up at an
+                          two parts                   early layer
 :func:`.noise_prototype`  the image shape             no data but the fitted ones may be used
 any tensor of shape D     nothing                     the prototype comes from elsewhere
 ========================  ==========================  ==========================================

@@ -416,7 +416,7 @@ class Report:
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences below the table: what its sets are, what is missing, what is only a part."""
+        """Sentences below the table: what its sets are, what is missing, and why rows failed."""
         remarks = []
         if self.missing or self.notes:
             near, far = (", ".join(names) or "none" for names in map(self._sets_of, _MEANS))
@@ -426,6 +426,7 @@ class Report:
         if self.missing:
             sets = "; ".join(f"{name} ({why})" for name, why in self.missing.items())
             remarks.append(f"Missing: {sets}.")
+        remarks += [f"{result.detector} failed: {result.error}" for result in self.failed]
         return remarks
 
     def plot(self, directory: str | os.PathLike[str]) -> list[Path]:

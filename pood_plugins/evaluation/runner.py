@@ -96,14 +96,24 @@ def run(
     :param max_images: by the name of a row whose detector needs images, how many images of each
         test set it scores, drawn at random with a fixed seed
     :return: report with one result per detector
-    :raises ValueError: if there are no detectors, a data set has no ID or no OOD samples, an image
-        can't be read, labels don't fit the classifier, or ``max_images`` has less than 1
+    :raises ValueError: if the device can't be used, there are no detectors, a data set has no ID
+        or no OOD samples, an image can't be read, labels don't fit the classifier, or
+        ``max_images`` has less than 1
     :raises ProcessError: if another process of the run has ended, see
         :mod:`pood_plugins.distributed`
     """
+    if not isinstance(benchmark, Benchmark):
+        raise ValueError(f"The benchmark must be a Benchmark, not {benchmark!r}. Construct it.")
     if not detectors:
         raise ValueError("No detectors to evaluate. Pass a dictionary of at least one.")
+    for name, detector in detectors.items():
+        if not isinstance(detector, Detector):
+            raise ValueError(f"{name} must be a Detector, not {detector!r}: see registry.build.")
     device = torch.device(device)
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # before every row fails
+        raise ValueError(f"The device '{device}' can't be used: {error}") from error
     arguments = {"batch_size": 256, **(loader_kwargs or {}), "shuffle": False}
     names = list(benchmark.ood_names)
     sources = {name: _Source(detector) for name, detector in detectors.items()}

@@ -102,7 +102,7 @@ When not to use it
   smoothed: if none is there, the gradient term is 0, and the energy term may cost accuracy. Take
   them from the energies of some ID samples and outliers.
 - **Inputs that have no gradient**, such as token ids.
-- **Networks without a second derivative**: compiled ones are refused.
+- **Compiled networks.** torch can't differentiate them twice, so they are refused.
 
 Reference
 ---------

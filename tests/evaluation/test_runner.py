@@ -209,7 +209,8 @@ def test_a_failing_detector_is_a_row_and_the_rest_go_on(split):
     assert "not finite" in report.failed[1].error
     alone = run(Blobs(), {"good": MaxSoftmax(split)})
     assert report.value("good", "far", "AUROC") == alone.value("good", "far", "AUROC")
-    assert "failed" in report.to_text()
+    for text in (report.to_text(), report.to_markdown()):
+        assert "bad failed: RuntimeError: no luck\n" in text
     # the detector is the user's again
     assert detectors["bad"].encoder is split.encoder
     assert not any(name.startswith("predict") for name in vars(detectors["bad"]))
@@ -330,6 +331,19 @@ def test_accuracy_is_that_of_the_network(split):
     x, y = benchmark.test.tensors
     expected = float((split(x).argmax(dim=1) == y).double().mean())
     assert [r.accuracy for r in report.results] == [pytest.approx(expected)] * 2
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99"])
+def test_a_device_that_is_not_there_ends_the_run(split, device):
+    with pytest.raises(ValueError, match=f"device '{device}.*' can't be used: .+"):
+        run(Blobs(), {"MSP": MaxSoftmax(split)}, device=device)
+
+
+def test_what_is_no_benchmark_or_no_detector(split):
+    with pytest.raises(ValueError, match="benchmark must be a Benchmark, not 'digits'. Construct"):
+        run("digits", {"MSP": MaxSoftmax(split)})
+    with pytest.raises(ValueError, match="GROOD must be a Detector, not 'GROOD': see registry"):
+        run(Blobs(), {"GROOD": "GROOD"})
 
 
 def test_no_detectors():
