@@ -1,10 +1,11 @@
 """
 The tests with the oldest versions of all dependencies that ``pyproject.toml`` allows.
 
-    python benchmarks/minimum_versions.py
+    python benchmarks/minimum_versions.py --python python3.10
     python benchmarks/minimum_versions.py tests/detector tests/test_registry.py
 
-makes a virtual environment with exactly these versions and the newest of the tools, runs all tests
+makes a virtual environment with exactly these versions and the newest of the tools, of the Python
+that is named or else of the one that runs this, runs all tests
 or those that are named, in a copy of the sources, and writes
 ``benchmarks/results/minimum_versions.json``: what was installed, and how many tests passed,
 failed and were skipped, and why. It needs a network and Python 3.11 or later. The exit status is
@@ -55,10 +56,11 @@ def lower_bounds() -> dict[str, str]:
     return bounds
 
 
-def install(folder: Path, bounds: dict[str, str]) -> Path:
+def install(folder: Path, bounds: dict[str, str], interpreter: str) -> Path:
     """
     :param folder: where to put a copy of the sources and the environment
     :param bounds: versions to install
+    :param interpreter: Python to make the environment of
     :return: the environment's Python
     """
     copy = folder / "sources"
@@ -70,7 +72,7 @@ def install(folder: Path, bounds: dict[str, str]) -> Path:
             shutil.copy(path, copy)
     # what an earlier run found is no matter of this one, and a test compares it with the bounds
     (copy / RESULT.relative_to(ROOT)).unlink(missing_ok=True)
-    subprocess.run([sys.executable, "-m", "venv", folder / "environment"], check=True)
+    subprocess.run([interpreter, "-m", "venv", folder / "environment"], check=True)
     python = folder / "environment" / "bin" / "python"
     pinned = [f"{name}=={version}" for name, version in {**bounds, **INDIRECT}.items()]
     install = [python, "-m", "pip", "install", "--quiet", "--editable", f"{copy}[dev]", *pinned]
@@ -123,15 +125,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tests", nargs="*", help="what to run (default: all tests)")
+    parser.add_argument("--python", default=sys.executable, help="default: the one that runs this")
     parser.add_argument("--folder", type=Path, help="scratch folder to keep (default: none)")
     options = parser.parse_args()
     bounds = lower_bounds()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
-        python = install(folder, bounds)
+        python = install(folder, bounds, options.python)
+        code = "import platform; print(platform.python_version())"
+        found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
         content = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
+            "python": found.stdout.strip(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "versions": bounds,
             "indirect": INDIRECT,
