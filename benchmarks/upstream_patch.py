@@ -13,9 +13,10 @@ patches are ``GROOD``, ``NERO``, ``GReg`` and ``registry``.
 
 downloads the source distribution of the installed version, tries each patch on a fresh copy of it,
 and with ``--python`` all together in an environment of another Python, for the oldest that
-pytorch-ood supports. Writes ``benchmarks/results/upstream_patch.json`` and the table ``upstream_patch.md``. The
-source distribution has no documentation and lacks some helpers of the tests; ``tests/upstream``
-has replacements, which are there before a patch is written. Exit status: 0 if all is well.
+pytorch-ood supports. Writes ``benchmarks/results/upstream_patch.json`` and the table
+``upstream_patch.md``. The source distribution has no documentation and lacks some helpers of the
+tests; ``tests/upstream`` has replacements, which are there before a patch is written. Exit status:
+0 if all is well.
 """
 
 import argparse
@@ -434,7 +435,7 @@ def try_python(interpreter: str, tree: Path, folder: Path) -> dict[str, Any]:
     packages = ["torch", "torchvision", "scipy", "numpy", "typing_extensions", "scikit-learn"]
     subprocess.run([python, "-m", "pip", "install", "-q", "pytest", *packages], check=True)
     tests = [t for patch in PATCHES.values() for t in patch.files.values() if t[:3] != "src"]
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "log_cli=false"]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "log_cli=false"]
     done = subprocess.run(
         [*command, "--durations-min=60", *tests],
         cwd=tree,
@@ -445,11 +446,10 @@ def try_python(interpreter: str, tree: Path, folder: Path) -> dict[str, Any]:
     print(done.stdout)
     code = "import platform, torch; print(platform.python_version(), torch.__version__)"
     found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
-    summary = done.stdout.splitlines()[-1]
-    counts = {
-        outcome: int((re.search(rf"(\d+) {outcome}", summary) or "00")[1])
-        for outcome in ("passed", "failed", "skipped")
-    }
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    for count, outcome in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1]):
+        if outcome in counts:
+            counts[outcome] = int(count)
     return {
         **dict(zip(("python", "torch"), found.stdout.split())),
         "tests": counts,
@@ -503,7 +503,8 @@ def apply_all(interpreter: str | None) -> int:
     text = table(results)
     if other is not None:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in other["tests"].items())
-        text += f"\nAll together, with Python {other['python']} and torch {other['torch']}: {counts}.\n"
+        versions = f"Python {other['python']} and torch {other['torch']}"
+        text += f"\nThe tests of all patches together, with {versions}: {counts}.\n"
     path = REPOSITORY / "benchmarks" / "results" / "upstream_patch.json"
     with replacing(path) as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
