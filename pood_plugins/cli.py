@@ -601,7 +601,7 @@ def _finetune(options: argparse.Namespace) -> int:
         from safetensors.torch import save
     except ImportError as error:
         raise ImportError(
-            "writing weights needs safetensors: pip install pood-plugins[deploy]"
+            "writing weights needs safetensors: pip install 'pood-plugins[deploy]'"
         ) from error
     from .evaluation.report import environment
     from .training.checkpoint import replacing

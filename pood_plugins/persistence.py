@@ -338,7 +338,7 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "saved detectors need safetensors: pip install pood-plugins[deploy]"
+            "saved detectors need safetensors: pip install 'pood-plugins[deploy]'"
         ) from error
     return safetensors.torch
 

@@ -142,7 +142,7 @@ def test_unknown_training(capsys):
 def test_without_safetensors(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
     assert finetune(tmp_path) == 1
-    assert "pip install pood-plugins[deploy]" in capsys.readouterr().err
+    assert "pip install 'pood-plugins[deploy]'" in capsys.readouterr().err
 
 
 def test_help_names_the_options(capsys):

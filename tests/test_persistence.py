@@ -637,7 +637,7 @@ def test_without_safetensors(fitted, split, path, monkeypatch):
     save(fitted, path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (lambda: save(fitted, path), lambda: load(path, split)):
-        with pytest.raises(ImportError, match=r"pip install pood-plugins\[deploy\]"):
+        with pytest.raises(ImportError, match=r"pip install 'pood-plugins\[deploy\]'"):
             call()
 
 

@@ -4,7 +4,7 @@ handwritten digits, and patches of two photographs. All are grey images of 8 × 
 scale, 0 (black background) to 1.
 
 Items are ``(image, label)`` with an image of shape 1 × 8 × 8 and an integer label, -1 for
-outliers. Needs scikit-learn (``pip install pood-plugins[benchmark]``).
+outliers. Needs scikit-learn (``pip install 'pood-plugins[benchmark]'``).
 """
 
 from collections.abc import Callable, Sequence
@@ -182,7 +182,7 @@ def _scikit_learn(loader: str) -> Callable[..., Any]:
         from sklearn import datasets
     except ImportError as error:
         raise ImportError(
-            "The digits come with scikit-learn: pip install pood-plugins[benchmark]"
+            "The digits come with scikit-learn: pip install 'pood-plugins[benchmark]'"
         ) from error
     load: Callable[..., Any] = getattr(datasets, loader)
     return load

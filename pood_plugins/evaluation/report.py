@@ -565,5 +565,5 @@ def _import(package: str) -> Any:
         return import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"Reports need {package}: pip install pood-plugins[benchmark]"
+            f"Reports need {package}: pip install 'pood-plugins[benchmark]'"
         ) from error

@@ -156,7 +156,7 @@ def _published_by_timm(arch: str, weights: str) -> tuple[nn.Module, Preprocessin
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"{arch} needs timm: pip install pood-plugins[deploy]") from error
+        raise ImportError(f"{arch} needs timm: pip install 'pood-plugins[deploy]'") from error
     if not timm.is_model(name):
         return None
     model = timm.create_model(name, pretrained=True)
@@ -307,7 +307,9 @@ def _read_state(path: Path) -> dict[str, Any]:
             name.removeprefix("module."): value for name, value in state.items()
         }
     except ImportError as error:
-        raise ImportError("reading .safetensors needs pip install pood-plugins[deploy]") from error
+        raise ImportError(
+            "reading .safetensors needs pip install 'pood-plugins[deploy]'"
+        ) from error
     except Exception as error:  # what a damaged file raises depends on where the damage is
         reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
         if isinstance(error, pickle.UnpicklingError):  # torch's text is how to run what is in it

@@ -555,5 +555,5 @@ def test_whole_modules_are_refused(network, tmp_path):
 def test_without_safetensors(tmp_path, monkeypatch):
     (tmp_path / "w.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"pip install pood-plugins\[deploy\]"):
+    with pytest.raises(ImportError, match=r"pip install 'pood-plugins\[deploy\]'"):
         load_classifier("resnet20", str(tmp_path / "w.safetensors"), 10)
